@@ -1,0 +1,202 @@
+"""Objectives: residuals of balance along trajectories, and the losses made of them. Pure functions of per-step tensors.
+
+With u the log-ratio of the forward and the reference path measure, every residual here says by how much the flow into some stretch of a
+trajectory differs from the flow out of it. Nothing in this file knows what is being built.
+
+| name | residual | source |
+|---|---|---|
+| tb | log Z + sum_t (log P_F - log P_B) - log R | Malkin et al. 2022, arXiv 2201.13259; relative TB (arXiv 2405.20971) with a prior as P_B |
+| vargrad | the same, its mean over equal conditions in the place of -log Z | Zhang et al. 2023, arXiv 2302.05446 |
+| db | log F(s) + log P_F - log P_B - log F(s') | Bengio et al. 2023, arXiv 2111.09266 |
+| mdb | the same, with F(s) = R(s) / P_F(exit, s) for states that may all exit | Deleu et al. 2022, arXiv 2202.13903 |
+| subtb | log F(s_i) + sum_ij (log P_F - log P_B) - log F(s_j), each pair i < j weighted by lambda^(j-i) | Madan et al. 2023, arXiv 2209.12782 |
+| fldb, flsubtb | db and subtb with F(s) = R(s) F~(s) | Pan et al. 2023, arXiv 2302.01687 |
+| mle | none: -sum_t log P_F of given trajectories | maximum likelihood through sampled backward trajectories, arXiv 2209.02606 |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from headwater.policies.base import LogProbs
+from headwater.trajectories import Trajectories
+
+Name = Literal["tb", "vargrad", "db", "mdb", "subtb", "fldb", "flsubtb", "mle"]
+Penalty = Literal["squared", "huber", "log-cosh"]
+
+STEP_REWARD = "log_reward"
+"""The per-step tensor `[S]` that holds log R of the state each step leaves, as if it were finished there."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss by name.
+
+    name: which balance to ask for. penalty: what a residual costs: squared; huber, linear beyond `delta`; log-cosh.
+    subtb_lambda: the weight of a stretch of k steps is lambda^k (0 < lambda; 1 weighs all alike, small values approach detailed balance).
+    """
+
+    name: Name = "tb"
+    penalty: Penalty = "squared"
+    delta: float = 1.0
+    subtb_lambda: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(Name):
+            raise ValueError(f"name = {self.name!r}: must be one of {', '.join(get_args(Name))}")
+        if self.penalty not in get_args(Penalty):
+            raise ValueError(f"penalty = {self.penalty!r}: must be one of {', '.join(get_args(Penalty))}")
+        if not self.delta > 0:
+            raise ValueError(f"delta = {self.delta}: must be positive")
+        if not self.subtb_lambda > 0:
+            raise ValueError(f"subtb_lambda = {self.subtb_lambda}: must be positive")
+
+    @property
+    def needs_step_rewards(self) -> bool:
+        """Whether the batch must carry `STEP_REWARD`, the reward of every state on the way."""
+        return self.name in ("mdb", "fldb", "flsubtb")
+
+    def __call__(self, log_probs: LogProbs, batch: Trajectories) -> Tensor:
+        """The loss, a float32 scalar: a mean over trajectories (tb, vargrad, subtb, mle) or over steps (db, mdb)."""
+        loss = _LOSSES[self.name](self, log_probs, batch)
+        return loss if log_probs.auxiliary is None else loss + log_probs.auxiliary
+
+    def log_z(self, log_probs: LogProbs, batch: Trajectories) -> Tensor:
+        """This objective's estimate of log Z at each trajectory's condition, `[T]`, without gradient."""
+        with torch.no_grad():
+            if self.name in ("vargrad", "mle", "mdb"):
+                ratio = path_log_ratio(log_probs, batch) - batch.log_reward
+                return -_group_mean(ratio, batch.group)
+            if self.name == "tb":
+                return log_probs.log_z.detach()
+            flow = _flow(log_probs, batch, forward_looking=self.name in ("fldb", "flsubtb"))
+            return flow[batch.starts]
+
+    def cost(self, residual: Tensor) -> Tensor:
+        """The penalty of each residual, same shape."""
+        if self.penalty == "squared":
+            return residual.square()
+        if self.penalty == "huber":
+            return functional.huber_loss(residual, torch.zeros_like(residual), reduction="none", delta=self.delta)
+        magnitude = residual.abs()  # log cosh r = |r| + log(1 + exp(-2 |r|)) - log 2, without overflow
+        return magnitude + torch.log1p(torch.exp(-2 * magnitude)) - torch.log(torch.tensor(2.0))
+
+
+def path_log_ratio(log_probs: LogProbs, batch: Trajectories) -> Tensor:
+    """sum_t log P_F - log P_B of each trajectory: `[T]`."""
+    return batch.sum((log_probs.forward - log_probs.backward).float())
+
+
+def trajectory_residual(log_probs: LogProbs, batch: Trajectories) -> Tensor:
+    """The trajectory-balance residual, `[T]`."""
+    return log_probs.log_z + path_log_ratio(log_probs, batch) - batch.log_reward
+
+
+def variance_residual(log_probs: LogProbs, batch: Trajectories) -> Tensor:
+    """The residual about the mean of its group of equal condition, `[T]`: log Z cancels. Groups of one teach nothing."""
+    ratio = path_log_ratio(log_probs, batch) - batch.log_reward
+    return ratio - _group_mean(ratio, batch.group)
+
+
+def step_residual(log_probs: LogProbs, batch: Trajectories, forward_looking: bool = False) -> Tensor:
+    """The detailed-balance residual of every step, `[S]`; after the last step flows the reward."""
+    flow = _flow(log_probs, batch, forward_looking)
+    after = flow.roll(-1).index_copy(0, batch.last, batch.log_reward.to(flow.dtype))
+    return flow + log_probs.forward - log_probs.backward - after
+
+
+def modified_step_residual(log_probs: LogProbs, batch: Trajectories) -> Tensor:
+    """The modified detailed-balance residual, `[S]`, zero at exit steps: every state may exit, and its flow is its own."""
+    if log_probs.log_exit is None:
+        raise ValueError("modified detailed balance needs a policy in whose every state exit is an action")
+    flow = batch.steps[STEP_REWARD] - log_probs.log_exit
+    residual = flow + log_probs.forward - log_probs.backward - flow.roll(-1)
+    return residual.index_fill(0, batch.last, 0.0)
+
+
+def subtrajectory_residuals(
+    log_probs: LogProbs, batch: Trajectories, forward_looking: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Residuals of every stretch i < j of every trajectory of n steps, n (n + 1) / 2 each.
+
+    With c the running sum of log P_F - log P_B and v_i = log F(s_i) - c_i, the residual of a stretch is v_i - v_j: no sum is done twice.
+    Returns residuals `[P]`, stretch lengths `[P]` and the trajectory of each `[P]`.
+    """
+    flow = _flow(log_probs, batch, forward_looking)
+    ratio = (log_probs.forward - log_probs.backward).float()
+    running = ratio.cumsum(0)
+    running = running - (running - ratio)[batch.starts][batch.index]  # inclusive sum within the trajectory
+    before = flow - (running - ratio)  # v at the state that each step leaves
+    at_end = batch.log_reward - running[batch.last]  # v at the end, where the reward flows
+    # nodes of a trajectory: its steps, then its end
+    n_nodes = batch.lengths + 1
+    node_starts = batch.starts + torch.arange(len(batch), device=batch.device)
+    nodes = torch.empty(int(batch.n_steps + len(batch)), device=batch.device, dtype=before.dtype)
+    nodes = nodes.index_copy(0, torch.arange(batch.n_steps, device=batch.device) + batch.index, before)
+    nodes = nodes.index_copy(0, node_starts + batch.lengths, at_end)
+    owner = torch.repeat_interleave(n_nodes, output_size=nodes.shape[0])
+    position = torch.arange(nodes.shape[0], device=batch.device) - node_starts[owner]
+    # each node j pairs with the `position` nodes before it
+    later = torch.repeat_interleave(position)
+    offset = torch.arange(later.shape[0], device=batch.device) - (position.cumsum(0) - position)[later]
+    earlier = later - 1 - offset
+    return nodes[earlier] - nodes[later], later - earlier, owner[later]
+
+
+def _trajectory_balance(objective: Objective, log_probs: LogProbs, batch: Trajectories) -> Tensor:
+    return objective.cost(trajectory_residual(log_probs, batch)).mean()
+
+
+def _log_partition_variance(objective: Objective, log_probs: LogProbs, batch: Trajectories) -> Tensor:
+    return objective.cost(variance_residual(log_probs, batch)).mean()
+
+
+def _detailed_balance(objective: Objective, log_probs: LogProbs, batch: Trajectories) -> Tensor:
+    return objective.cost(step_residual(log_probs, batch, objective.name == "fldb")).mean()
+
+
+def _modified_detailed_balance(objective: Objective, log_probs: LogProbs, batch: Trajectories) -> Tensor:
+    return objective.cost(modified_step_residual(log_probs, batch)).mean()
+
+
+def _subtrajectory_balance(objective: Objective, log_probs: LogProbs, batch: Trajectories) -> Tensor:
+    residual, length, owner = subtrajectory_residuals(log_probs, batch, objective.name == "flsubtb")
+    # lambda^(length - 1) over the trajectory's longest term, so that no lambda overflows
+    exponent = (length - 1).float() if objective.subtb_lambda <= 1 else (length - batch.lengths[owner]).float()
+    weight = objective.subtb_lambda**exponent
+    total = torch.zeros(len(batch), device=batch.device).index_add(0, owner, weight)
+    return (objective.cost(residual) * weight / total[owner]).sum() / len(batch)
+
+
+def _maximum_likelihood(objective: Objective, log_probs: LogProbs, batch: Trajectories) -> Tensor:
+    return -batch.sum(log_probs.forward).mean()
+
+
+_LOSSES: dict[str, Callable[[Objective, LogProbs, Trajectories], Tensor]] = {
+    "tb": _trajectory_balance,
+    "vargrad": _log_partition_variance,
+    "db": _detailed_balance,
+    "fldb": _detailed_balance,
+    "mdb": _modified_detailed_balance,
+    "subtb": _subtrajectory_balance,
+    "flsubtb": _subtrajectory_balance,
+    "mle": _maximum_likelihood,
+}
+
+
+def _flow(log_probs: LogProbs, batch: Trajectories, forward_looking: bool) -> Tensor:
+    if log_probs.log_flow is None:
+        raise ValueError("detailed and sub-trajectory balance need a policy with a flow head")
+    return log_probs.log_flow + batch.steps[STEP_REWARD] if forward_looking else log_probs.log_flow
+
+
+def _group_mean(values: Tensor, group: Tensor) -> Tensor:
+    n_groups = int(group.max()) + 1 if group.numel() else 0
+    total = torch.zeros(n_groups, device=values.device).index_add(0, group, values)
+    return (total / torch.bincount(group, minlength=n_groups))[group]

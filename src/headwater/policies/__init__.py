@@ -1,0 +1,7 @@
+"""Policies: the contract, the generic policy for environments, networks and rollouts."""
+
+from headwater.policies.base import NO_EXPLORATION, Exploration, LogProbs, Policy
+from headwater.policies.environment_policy import EnvironmentPolicy, RelativePolicy
+from headwater.policies.networks import Network
+
+__all__ = ["NO_EXPLORATION", "EnvironmentPolicy", "Exploration", "LogProbs", "Network", "Policy", "RelativePolicy"]

@@ -1,0 +1,80 @@
+"""The Policy contract. Every domain meets the core here: a policy draws trajectories and says how likely given trajectories are."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from headwater.environments.base import Objects
+from headwater.trajectories import Trajectories
+
+
+@dataclass(frozen=True)
+class LogProbs:
+    """What a policy says of a batch of T trajectories with S steps, differentiable in its parameters.
+
+    forward:   `[S]`, log P_F of each step taken.
+    backward:  `[S]`, log of the reference path measure: the backward policy's probability of undoing the step, the reference model's
+               or the prior's probability of taking it.
+    log_z:     `[T]`, the policy's log-partition function at each trajectory's condition.
+    log_flow:  `[S]`, log F of the state that each step leaves, or None where the policy has no flow head.
+    log_exit:  `[S]`, log P_F(exit | state) of the state that each step leaves, or None where exit is no action.
+    auxiliary: scalar, a loss of the policy's own that is added to the objective (such as TLM for its backward policy).
+    """
+
+    forward: Tensor
+    backward: Tensor
+    log_z: Tensor
+    log_flow: Tensor | None = None
+    log_exit: Tensor | None = None
+    auxiliary: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """How sampling departs from the policy: with probability `epsilon` a uniform legal action, else the policy at `temperature`."""
+
+    epsilon: float = 0.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.epsilon <= 1:
+            raise ValueError(f"epsilon = {self.epsilon}: must lie between 0 and 1")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature = {self.temperature}: must be positive")
+
+
+NO_EXPLORATION = Exploration()
+
+
+class Policy(nn.Module):
+    """Draws trajectories, and says how likely given trajectories are.
+
+    `version` counts the updates that its weights have seen; `sample` writes it into what it draws.
+    """
+
+    version: int = 0
+
+    @abstractmethod
+    def sample(self, condition: Tensor, exploration: Exploration, generator: torch.Generator) -> Trajectories:
+        """Draw one trajectory for each row of `condition` (`[T, C]`; C = 0 for none), without gradient."""
+
+    @abstractmethod
+    def log_probs(self, trajectories: Trajectories) -> LogProbs:
+        """Log-probabilities of given trajectories, with gradient. They may come from anywhere."""
+
+    @abstractmethod
+    def objects(self, trajectories: Trajectories) -> Objects:
+        """The finished objects of the trajectories, as a reward takes them."""
+
+    def sample_backward(self, trajectories: Trajectories, generator: torch.Generator) -> Trajectories:
+        """New trajectories that end in the same objects, walked backward from them; `log_behaviour` is then the log-probability of that
+        walk. Raises TypeError for a policy that cannot walk backward."""
+        raise TypeError(f"{type(self).__name__} cannot walk backward from finished objects")
+
+    def log_z_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the log-partition function, which learn at a rate of their own."""
+        return []

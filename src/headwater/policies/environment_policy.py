@@ -1,0 +1,230 @@
+"""The generic policy for a discrete environment: one torso, tied heads for forward actions, backward actions and state flow."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from headwater.environments.base import Environment, Objects, identity
+from headwater.policies.base import NO_EXPLORATION, Exploration, LogProbs, Policy
+from headwater.policies.networks import Network
+from headwater.policies.rollout import Walk, walk_backward, walk_forward
+from headwater.trajectories import Trajectories
+
+Backward = Literal["uniform", "learned", "maximum-entropy", "tlm"]
+
+_NEVER = -1e9  # finite, so that a row without any legal action gives no NaN gradient
+
+
+class EnvironmentPolicy(Policy):
+    """Forward and backward policies and flow over an environment's states.
+
+    backward: "uniform" over legal backward actions; "learned" by the same loss as the forward policy; "maximum-entropy", every path to an
+    object equally likely (the environment must know its path counts); "tlm", learned by maximum likelihood of the trajectories met
+    (trajectory likelihood maximization, Gritsaev et al. 2025, arXiv 2410.15474), the balance loss taking it as given.
+    condition_size: C, the columns of the condition; 0 for an unconditional policy.
+    """
+
+    def __init__(
+        self,
+        environment: Environment,
+        network: Network | None = None,
+        backward: Backward = "uniform",
+        condition_size: int = 0,
+    ) -> None:
+        super().__init__()
+        if backward not in get_args(Backward):
+            raise ValueError(f"backward = {backward!r}: must be one of {', '.join(get_args(Backward))}")
+        if backward == "maximum-entropy" and environment.log_path_count(environment.initial(1)) is None:
+            raise ValueError(
+                f"backward = 'maximum-entropy' needs path counts, and {type(environment).__name__} has no log_path_count"
+            )
+        network = network or Network()
+        self.environment, self.backward_kind = environment, backward
+        self.torso = network.build(environment.feature_type)
+        self.sizes = (environment.n_actions, environment.n_backward_actions if self._learns_backward else 0, 1)
+        self.heads = nn.Linear(network.width, sum(self.sizes))
+        nn.init.zeros_(self.heads.weight)
+        nn.init.zeros_(self.heads.bias)
+        self.log_z = nn.Parameter(torch.zeros(()))
+        self.condition_size = condition_size
+        if condition_size:
+            self.embed_condition = _small_network(condition_size, network.width, network.width)
+            self.log_z_of_condition = _small_network(condition_size, 64, 1)
+
+    @property
+    def _learns_backward(self) -> bool:
+        return self.backward_kind in ("learned", "tlm")
+
+    def log_z_parameters(self) -> list[nn.Parameter]:
+        return [self.log_z, *(self.log_z_of_condition.parameters() if self.condition_size else [])]
+
+    def sample(
+        self,
+        condition: Tensor,
+        exploration: Exploration = NO_EXPLORATION,
+        generator: torch.Generator | None = None,
+    ) -> Trajectories:
+        condition = self._checked(condition)
+        generator = generator or torch.default_generator
+        with torch.no_grad():
+            embedded = self.embed_condition(condition) if self.condition_size else None
+
+            def logits(states: Tensor, ids: Tensor) -> Tensor:
+                hidden = self.torso(self.environment.features(states), None if embedded is None else embedded[ids])
+                return self.heads(hidden)
+
+            walk = walk_forward(self.environment, logits, len(condition), exploration, generator, condition.device)
+        return self._trajectories(walk, condition)
+
+    def sample_backward(self, trajectories: Trajectories, generator: torch.Generator | None = None) -> Trajectories:
+        """Walk back with the backward policy from the objects of `trajectories`; their rewards and conditions stay."""
+        walked = self.sample_to(self.final_states(trajectories), trajectories.condition, generator)
+        return walked.with_log_reward(trajectories.log_reward)
+
+    def sample_to(self, states: Tensor, condition: Tensor, generator: torch.Generator | None = None) -> Trajectories:
+        """Trajectories to given final `states` (`[T, width]`, as `environment.states(objects)` gives them), drawn by the backward policy."""
+        condition = self._checked(condition)
+        with torch.no_grad():
+            embedded = self.embed_condition(condition) if self.condition_size else None
+
+            def logits(states: Tensor, ids: Tensor) -> Tensor:
+                if self.backward_kind == "uniform":
+                    return torch.zeros(states.shape[0], self.environment.n_backward_actions, device=states.device)
+                if self.backward_kind == "maximum-entropy":
+                    return self._maximum_entropy(states)
+                hidden = self.torso(self.environment.features(states), None if embedded is None else embedded[ids])
+                return self.heads(hidden)[:, self.sizes[0] :].contiguous()
+
+            walk = walk_backward(self.environment, logits, states, generator or torch.default_generator)
+        return self._trajectories(walk, condition)
+
+    def log_probs(self, trajectories: Trajectories) -> LogProbs:
+        environment = self.environment
+        states, actions = trajectories.steps["state"], trajectories.steps["action"]
+        embedded = self.embed_condition(trajectories.condition)[trajectories.index] if self.condition_size else None
+        output = self.heads(self.torso(environment.features(states), embedded)).float()
+        forward_logits, backward_logits, flow = output.split(self.sizes, dim=1)
+
+        forward = forward_logits.masked_fill(~environment.forward_mask(states), _NEVER).log_softmax(1)
+        taken = forward.gather(1, actions[:, None])[:, 0]
+        backward = self._log_backward(trajectories, backward_logits)
+        log_z = self._log_z(trajectories.condition)
+        auxiliary = None
+        if self.backward_kind == "tlm":
+            auxiliary = -trajectories.sum(backward).mean()
+            backward = backward.detach()
+        return LogProbs(
+            forward=taken,
+            backward=backward,
+            log_z=log_z,
+            log_flow=flow[:, 0] + log_z[trajectories.index],
+            log_exit=forward[:, environment.exit_action],
+            auxiliary=auxiliary,
+        )
+
+    def objects(self, trajectories: Trajectories) -> Objects:
+        return self.environment.objects(self.final_states(trajectories))
+
+    def final_states(self, trajectories: Trajectories) -> Tensor:
+        """`[T, width]`, the states that exit finished."""
+        return trajectories.steps["state"][trajectories.last]
+
+    def _log_backward(self, trajectories: Trajectories, backward_logits: Tensor) -> Tensor:
+        """log P_B(s_t | s_t+1) at step t: read in the row of the state that the step leads to; 0 for exit, which undoes nothing."""
+        environment = self.environment
+        states, actions = trajectories.steps["state"], trajectories.steps["action"]
+        is_exit = actions == environment.exit_action
+        if self.backward_kind == "uniform":
+            log_parents = environment.backward_mask(states).sum(1).clamp(min=1).float().log()
+            return torch.where(is_exit, 0.0, -log_parents.roll(-1))
+        if self.backward_kind == "maximum-entropy":
+            count = environment.log_path_count(states)
+            assert count is not None
+            return torch.where(is_exit, 0.0, (count - count.roll(-1)).float())
+        undo = environment.backward_action(states, actions)
+        log_backward = backward_logits.masked_fill(~environment.backward_mask(states), _NEVER).log_softmax(1)
+        return torch.where(is_exit, 0.0, log_backward.roll(-1, dims=0).gather(1, undo[:, None])[:, 0])
+
+    def _maximum_entropy(self, states: Tensor) -> Tensor:
+        """Logits of the maximum-entropy backward policy: the log path count of the parent behind each legal backward action."""
+        mask = self.environment.backward_mask(states)
+        rows, backward_actions = mask.nonzero(as_tuple=True)
+        count = self.environment.log_path_count(self.environment.backward_step(states[rows], backward_actions))
+        assert count is not None
+        logits = torch.zeros(mask.shape, device=states.device)
+        logits[rows, backward_actions] = count.float()
+        return logits
+
+    def _log_z(self, condition: Tensor) -> Tensor:
+        if not self.condition_size:
+            return self.log_z.expand(len(condition))
+        return self.log_z + self.log_z_of_condition(condition)[:, 0]
+
+    def _trajectories(self, walk: Walk, condition: Tensor) -> Trajectories:
+        count = len(walk.lengths)
+        final = walk.states[walk.lengths.cumsum(0) - 1]
+        return Trajectories(
+            steps={"state": walk.states, "action": walk.actions},
+            lengths=walk.lengths,
+            condition=condition,
+            log_reward=torch.full((count,), torch.nan, device=condition.device),
+            log_behaviour=walk.log_prob,
+            version=torch.full((count,), self.version, dtype=torch.int64, device=condition.device),
+            identity=identity(final),
+        )
+
+    def _checked(self, condition: Tensor) -> Tensor:
+        if condition.ndim != 2 or condition.shape[1] != self.condition_size:
+            raise ValueError(f"condition has shape {tuple(condition.shape)}, expected [T, {self.condition_size}]")
+        return condition
+
+
+class RelativePolicy(Policy):
+    """A posterior policy balanced against a frozen prior policy in the place of the backward policy: relative trajectory balance.
+
+    With trajectory balance as the objective it learns to draw prior(x) R(x) / Z. It starts as a copy of the prior, and every trajectory
+    must be its object's only one, or the posterior is over trajectories (Venkatraman et al. 2024, arXiv 2405.20971).
+    """
+
+    def __init__(self, prior: EnvironmentPolicy) -> None:
+        super().__init__()
+        self.posterior = copy.deepcopy(prior)
+        with torch.no_grad():
+            self.posterior.log_z.zero_()
+        self.prior = copy.deepcopy(prior).requires_grad_(False)
+
+    @property
+    def environment(self) -> Environment:
+        return self.posterior.environment
+
+    def log_z_parameters(self) -> list[nn.Parameter]:
+        return self.posterior.log_z_parameters()
+
+    def sample(
+        self,
+        condition: Tensor,
+        exploration: Exploration = NO_EXPLORATION,
+        generator: torch.Generator | None = None,
+    ) -> Trajectories:
+        self.posterior.version = self.version
+        return self.posterior.sample(condition, exploration, generator)
+
+    def sample_backward(self, trajectories: Trajectories, generator: torch.Generator | None = None) -> Trajectories:
+        return self.posterior.sample_backward(trajectories, generator)
+
+    def log_probs(self, trajectories: Trajectories) -> LogProbs:
+        ours = self.posterior.log_probs(trajectories)
+        with torch.no_grad():
+            reference = self.prior.log_probs(trajectories).forward
+        return LogProbs(forward=ours.forward, backward=reference, log_z=ours.log_z, log_exit=ours.log_exit)
+
+    def objects(self, trajectories: Trajectories) -> Objects:
+        return self.posterior.objects(trajectories)
+
+
+def _small_network(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, outputs))

@@ -1,0 +1,108 @@
+"""Torsos: from an environment's features to one hidden vector a state. A condition enters as an embedding that is added in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from headwater.environments.base import Dense, Tokens
+
+
+@dataclass(frozen=True)
+class Network:
+    """The network over an environment's states.
+
+    torso: mlp, or transformer (features must then be tokens).
+    width: hidden units; layers: hidden layers or transformer blocks; heads: attention heads, a divisor of width.
+    """
+
+    torso: Literal["mlp", "transformer"] = "mlp"
+    width: int = 256
+    layers: int = 2
+    heads: int = 8
+
+    def __post_init__(self) -> None:
+        if self.torso not in ("mlp", "transformer"):
+            raise ValueError(f"torso = {self.torso!r}: must be 'mlp' or 'transformer'")
+        if self.width < 1 or self.layers < 1:
+            raise ValueError(f"width = {self.width}, layers = {self.layers}: must be at least 1")
+        if self.torso == "transformer" and (self.heads < 1 or self.width % self.heads):
+            raise ValueError(f"heads = {self.heads}: must divide width = {self.width}")
+
+    def build(self, features: Tokens | Dense) -> MLP | Transformer:
+        if self.torso == "mlp":
+            return MLP(features, self.width, self.layers)
+        if not isinstance(features, Tokens):
+            raise ValueError("torso = 'transformer' needs an environment whose features are tokens; use torso = 'mlp'")
+        return Transformer(features, self.width, self.layers, self.heads)
+
+
+class MLP(nn.Module):
+    """Hidden layers with ReLU. Tokens enter one-hot by position, as a sum of embedding rows."""
+
+    def __init__(self, features: Tokens | Dense, width: int, layers: int) -> None:
+        super().__init__()
+        self.is_tokens = isinstance(features, Tokens)
+        size = features.length * features.vocabulary if isinstance(features, Tokens) else features.size
+        first = nn.Linear(size, width)
+        self.weight = nn.Parameter(first.weight.detach().T.contiguous())  # [inputs, width]: an embedding table
+        self.bias = nn.Parameter(first.bias.detach())
+        self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(layers - 1))
+        offsets = torch.arange(features.length) * features.vocabulary if isinstance(features, Tokens) else torch.empty(0)
+        self.register_buffer("offsets", offsets.to(torch.int32), persistent=False)
+
+    def forward(self, features: Tensor, condition: Tensor | None) -> Tensor:
+        """features as the environment gives them, condition `[N, width]` or None -> `[N, width]`."""
+        if self.is_tokens:
+            x = functional.embedding_bag(features + self.offsets, self.weight, mode="sum") + self.bias
+        else:
+            x = torch.addmm(self.bias, features, self.weight)
+        if condition is not None:
+            x = x + condition
+        x = x.relu()
+        for layer in self.hidden:
+            x = layer(x).relu()
+        return x
+
+
+class Transformer(nn.Module):
+    """Pre-norm transformer blocks over the tokens, then the mean over positions. For the short sequences met here, plain softmax
+    attention is faster on a CPU than the fused kernel."""
+
+    def __init__(self, features: Tokens, width: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(features.vocabulary, width)
+        self.position = nn.Parameter(torch.randn(features.length, width) * 0.02)
+        self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, features: Tensor, condition: Tensor | None) -> Tensor:
+        """tokens `[N, length]`, condition `[N, width]` or None -> `[N, width]`."""
+        x = self.embedding(features) + self.position
+        if condition is not None:
+            x = x + condition[:, None]
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x.mean(1))
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm, self.feed_forward_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.project = nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        count, length, width = x.shape
+        packed = self.query_key_value(self.attention_norm(x)).view(count, length, 3, self.heads, width // self.heads)
+        query, key, value = packed.permute(2, 0, 3, 1, 4)
+        attention = (query @ key.transpose(-1, -2) * (width // self.heads) ** -0.5).softmax(-1)
+        x = x + self.project((attention @ value).transpose(1, 2).reshape(count, length, width))
+        return x + self.down(self.up(self.feed_forward_norm(x)).relu())

@@ -1,0 +1,165 @@
+"""Recipes: one kind of job each. A recipe is a frozen dataclass of settings that can build what a run needs.
+
+Its fields are the command line's flags and the tables of settings.toml at once; a domain adds a recipe by an entry point in the group
+`headwater.recipes`, and a user names a class of their own as `module:Class`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from headwater.conditions import Conditions, InverseTemperature, NoCondition
+from headwater.environments.base import Environment, Objects
+from headwater.objectives import Objective
+from headwater.policies import EnvironmentPolicy, Network, Policy
+from headwater.policies.environment_policy import Backward
+from headwater.replay import ReplaySettings
+from headwater.report import Section
+from headwater.reward import CachedReward, Reward, TemperedReward
+from headwater.runs import Run, Samples, Setting
+from headwater.training import ExplorationSettings, Training
+
+GROUP = "headwater.recipes"
+
+
+@dataclass
+class Problem:
+    """What a run trains: a policy, the reward that it learns, the conditions that it is asked for."""
+
+    policy: Policy
+    reward: Reward
+    conditions: Conditions
+
+
+@dataclass(frozen=True)
+class Recipe(ABC):
+    """The settings that every recipe has."""
+
+    summary: ClassVar[str] = ""
+
+    seed: int = 0
+    """Seed of everything random in the run."""
+    threads: int = 1
+    """CPU threads for the networks; one is often the fastest for small ones."""
+    samples: int = 1000
+    """Objects to draw when training is over."""
+    objective: Objective = field(default_factory=Objective)
+    """What to balance."""
+    training: Training = field(default_factory=Training)
+    """How long and how fast to learn."""
+    exploration: ExplorationSettings = field(default_factory=ExplorationSettings)
+    """How the search departs from the policy."""
+    replay: ReplaySettings = field(default_factory=ReplaySettings)
+    """What is remembered; used where training.replayed is above 0."""
+
+    @abstractmethod
+    def problem(self) -> Problem:
+        """Build the policy, reward and conditions. Weights are drawn from torch's global generator, which the caller seeds."""
+
+    def default_condition(self) -> Tensor | None:
+        """The condition row `[1, C]` that samples and evaluations ask for unless told otherwise; None without conditions."""
+        return None
+
+    def text(self, objects: Objects) -> list[str]:
+        """Each object as one line of text."""
+        return [value if isinstance(value, str) else " ".join(map(str, value)) for value in listed(objects)]
+
+    def write_samples(self, run: Run, samples: Samples) -> list[Path]:
+        """Write the samples in the field's own formats too; returns the files."""
+        return []
+
+    def sections(self, run: Run) -> list[Section]:
+        """The report's sections of this domain: the objects drawn as the field draws them."""
+        return []
+
+    def distance(self, a: object, b: object) -> float:
+        """How different two objects are: by default the positions in which they differ."""
+        first, second = cast("Sequence[object]", a), cast("Sequence[object]", b)
+        return sum(x != y for x, y in zip(first, second, strict=False)) + abs(len(first) - len(second))
+
+    def settings(self) -> dict[str, Setting]:
+        """All settings as plain data, for settings.toml."""
+        return _plain(dataclasses.asdict(self))
+
+
+@dataclass(frozen=True)
+class EnvironmentRecipe(Recipe):
+    """A recipe whose objects are built in a discrete environment."""
+
+    network: Network = field(default_factory=Network)
+    """The network over the environment's states."""
+    backward: Backward = "uniform"
+    """The backward policy."""
+    inverse_temperatures: tuple[float, float] | None = None
+    """Learn R(x)^beta for every beta in this range with one sampler."""
+
+    @abstractmethod
+    def environment(self) -> Environment:
+        """The space of objects."""
+
+    @abstractmethod
+    def base_reward(self) -> Reward:
+        """The reward at inverse temperature 1."""
+
+    def problem(self) -> Problem:
+        conditions: Conditions = NoCondition()
+        reward: Reward = CachedReward(self.base_reward())
+        if self.inverse_temperatures is not None:
+            conditions, reward = InverseTemperature(*self.inverse_temperatures), TemperedReward(reward)
+        policy = EnvironmentPolicy(self.environment(), self.network, self.backward, conditions.size)
+        return Problem(policy, reward, conditions)
+
+    def default_condition(self) -> Tensor | None:
+        if self.inverse_temperatures is None:
+            return None
+        low, high = self.inverse_temperatures
+        return torch.tensor([[min(max(1.0, low), high)]])
+
+
+def listed(objects: Objects) -> list[object]:
+    """The objects as a list of Python values: strings as they are, tensor rows as tuples."""
+    if isinstance(objects, Tensor):
+        return [tuple(row) for row in objects.tolist()]
+    return list(objects)
+
+
+def available() -> dict[str, str]:
+    """The recipes that are installed: name to `module:Class`."""
+    return {point.name: point.value for point in sorted(entry_points(group=GROUP), key=lambda point: point.name)}
+
+
+def find(name: str) -> type[Recipe]:
+    """The recipe class of an installed name or of `module:Class`. Raises ValueError naming what there is."""
+    known = available()
+    target = known.get(name, name)
+    if ":" not in target:
+        raise ValueError(f"no recipe {name!r}: choose one of {', '.join(known)}, or give your own as module:Class")
+    module_name, class_name = target.split(":", 1)
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"recipe {name!r} cannot be loaded from {target}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Recipe)):
+        raise ValueError(f"recipe {name!r}: {target} is not a subclass of headwater.recipes.Recipe")
+    return found
+
+
+def _plain(value: object) -> dict[str, Setting]:
+    def convert(value: object) -> Setting:
+        if isinstance(value, dict):
+            return {key: convert(item) for key, item in value.items() if item is not None}
+        if isinstance(value, (list, tuple)):
+            return [convert(item) for item in value]
+        return value if isinstance(value, (bool, int, float, str)) else str(value)
+
+    return cast("dict[str, Setting]", convert(value))

@@ -1,0 +1,61 @@
+"""Search in the learner's own process: draw, score, remember, one batch at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from headwater.conditions import Conditions
+from headwater.objectives import STEP_REWARD
+from headwater.policies.base import Exploration, Policy
+from headwater.policies.environment_policy import EnvironmentPolicy
+from headwater.replay import Replay
+from headwater.reward import Reward
+from headwater.trajectories import Trajectories
+
+
+@dataclass
+class InlineSearch:
+    """Draws with `policy`, scores with `reward`, and adds what was scored to `replay`.
+
+    group_size: how many trajectories share one condition. step_rewards: also score every state on the way, for the objectives that ask
+    for it. failed, drawn: trajectories so far whose reward failed, and all of them.
+    """
+
+    policy: Policy
+    reward: Reward
+    conditions: Conditions
+    replay: Replay | None
+    generator: torch.Generator
+    group_size: int = 1
+    step_rewards: bool = False
+    failed: int = 0
+    drawn: int = 0
+
+    def collect(self, count: int, exploration: Exploration) -> Trajectories:
+        """Draw `count` trajectories; the scored ones are returned and remembered, those whose reward failed are dropped."""
+        condition = self.conditions.draw(count, self.group_size, self.generator)
+        drawn = self.policy.sample(condition, exploration, self.generator)
+        scored = self.score(drawn)
+        self.drawn += count
+        self.failed += count - len(scored)
+        if self.replay is not None and len(scored):
+            self.replay.add(scored)
+        return scored
+
+    def score(self, drawn: Trajectories) -> Trajectories:
+        """Give the trajectories their log-rewards and drop those whose reward failed."""
+        scored = drawn.with_log_reward(self.reward(self.policy.objects(drawn), drawn.condition))
+        failed = scored.log_reward.isnan()
+        if failed.any():
+            scored = scored.select(~failed)
+        return self.with_step_rewards(scored) if self.step_rewards else scored
+
+    def with_step_rewards(self, batch: Trajectories) -> Trajectories:
+        """Score every state on the way, as if it were finished there."""
+        if not isinstance(self.policy, EnvironmentPolicy):
+            raise ValueError("rewards of states on the way need a policy over an environment")
+        objects = self.policy.environment.objects(batch.steps["state"])
+        step_reward = self.reward(objects, batch.condition[batch.index])
+        return replace(batch, steps={**batch.steps, STEP_REWARD: step_reward})

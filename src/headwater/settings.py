@@ -1,0 +1,62 @@
+"""Settings from flags and TOML files: both are read by one parser against one typed schema, the recipe's dataclass.
+
+A TOML file is turned into the flags it stands for and goes before the command line's own, so a flag overrides the file and every mistake
+is reported the same way: by the setting's name, with what is legal.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import tyro
+
+from headwater.recipes import Recipe, find
+from headwater.runs import Run
+
+CONFIG_LIMIT = 1_000_000
+"""Largest settings file that is read, in bytes."""
+
+
+def parse_recipe(name: str, flags: Sequence[str], program: str) -> Recipe:
+    """Build the recipe `name` from command-line flags. Exits with status 2 on an unknown setting or an illegal value."""
+    recipe = find(name)
+    return tyro.cli(recipe, prog=program, args=list(flags), description=recipe.summary)
+
+
+def load_recipe(run: Run) -> Recipe:
+    """The recipe of an existing run, from its settings.toml."""
+    flags = flags_of(run.settings)
+    return parse_recipe(run.recipe_name, flags, f"{run.folder / 'settings.toml'}")
+
+
+def read_config(path: Path) -> tuple[str | None, list[str]]:
+    """The recipe that a TOML file names, if it does, and its settings as flags. Raises ValueError naming the file."""
+    try:
+        if path.stat().st_size > CONFIG_LIMIT:
+            raise ValueError(f"{path}: larger than {CONFIG_LIMIT} bytes, not a settings file")
+        content = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not TOML: {error}") from error
+    recipe = content.pop("recipe", None)
+    return (None if recipe is None else str(recipe)), flags_of(content)
+
+
+def flags_of(settings: Mapping[str, object], prefix: str = "") -> list[str]:
+    """The command-line flags that say what nested settings say."""
+    flags: list[str] = []
+    for key, value in settings.items():
+        name = f"{prefix}{key.replace('_', '-')}"
+        if isinstance(value, Mapping):
+            flags += flags_of(value, f"{name}.")
+        elif isinstance(value, bool):
+            head, _, last = name.rpartition(".")
+            flags.append(f"--{name}" if value else f"--{head}{'.' if head else ''}no-{last}")
+        elif isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        else:
+            flags.append(f"--{name}={value}")
+    return flags

@@ -1,0 +1,351 @@
+"""The training loop: search, replay, objective, step. Read `Trainer.run` and `Trainer.update`; the rest is keeping of books.
+
+Everything random comes from the run's own generator, and a checkpoint holds all that the loop carries from one iteration to the next, so a
+run that is stopped and resumed ends where one that was never stopped does.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from tensorboardX import SummaryWriter
+from torch import Tensor
+from tqdm import tqdm
+
+from headwater.conditions import Conditions
+from headwater.objectives import Objective
+from headwater.policies.base import Exploration, Policy
+from headwater.replay import ReplaySettings
+from headwater.reward import Reward
+from headwater.runs import Checkpoint, Metrics, Run
+from headwater.search import InlineSearch
+from headwater.trajectories import Trajectories
+
+Evaluate = Callable[[Policy], Metrics]
+
+
+@dataclass(frozen=True)
+class ExplorationSettings:
+    """How the search departs from the policy while training."""
+
+    epsilon: float = 0.1
+    """Probability of a uniform legal action in the place of the policy's, at the start."""
+    epsilon_end: float = 0.0
+    """The same, after the decay."""
+    decay: float = 0.5
+    """Share of the run over which epsilon falls linearly."""
+    temperature: float = 1.0
+    """Temperature of the policy that searches; above 1 flattens it."""
+    average: float = 0.0
+    """Search with an exponential moving average of the weights: its decay, such as 0.99; 0 searches with the weights themselves."""
+
+    def __post_init__(self) -> None:
+        for name in ("epsilon", "epsilon_end", "decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must lie between 0 and 1")
+        if not 0 <= self.average < 1:
+            raise ValueError(f"average = {self.average}: must be at least 0 and below 1")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature = {self.temperature}: must be positive")
+
+    def at(self, progress: float) -> Exploration:
+        """The exploration after `progress`, the share of the run that is done."""
+        left = max(0.0, 1 - progress / self.decay) if self.decay else 0.0
+        return Exploration(self.epsilon_end + (self.epsilon - self.epsilon_end) * left, self.temperature)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long and how fast to learn."""
+
+    iterations: int = 5000
+    """Gradient steps."""
+    batch_size: int = 16
+    """Fresh trajectories an iteration."""
+    replayed: int = 0
+    """Trajectories an iteration drawn from the replay besides the fresh ones."""
+    replay_backward: bool = False
+    """Walk a new path back from each replayed object, in the place of the remembered one."""
+    group_size: int = 1
+    """Fresh trajectories that share one condition; at least 2 for vargrad under conditions."""
+    learning_rate: float = 1e-3
+    """Adam's rate for the networks."""
+    log_z_learning_rate: float = 0.1
+    """Adam's rate for log Z."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """How the rates fall from their start to zero."""
+    clip_gradient: float = 10.0
+    """Largest norm of a gradient; 0 for no limit."""
+    log_every: int = 50
+    """Iterations between logged metrics."""
+    evaluate_every: int = 1000
+    """Iterations between evaluations."""
+    checkpoint_every: int = 1000
+    """Iterations between checkpoints."""
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "batch_size", "group_size", "log_every", "evaluate_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        for name in ("replayed", "clip_gradient", "log_z_learning_rate"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: must not be negative")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate = {self.learning_rate}: must be positive")
+
+    def rate(self, progress: float) -> float:
+        """The factor on the learning rates after `progress`, the share of the run that is done."""
+        if self.schedule == "linear":
+            return 1 - progress
+        return 0.5 * (1 + math.cos(math.pi * progress)) if self.schedule == "cosine" else 1.0
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or its gradient is not a finite number. The batch that caused it was written down."""
+
+
+class Trainer:
+    """Trains `policy` on `reward`. With a run folder it logs, checkpoints and resumes; without one it only learns."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        reward: Reward,
+        conditions: Conditions,
+        objective: Objective,
+        training: Training,
+        exploration: ExplorationSettings | None = None,
+        replay: ReplaySettings | None = None,
+        seed: int = 0,
+        run: Run | None = None,
+        evaluate: Evaluate | None = None,
+    ) -> None:
+        self.policy, self.objective, self.training = policy, objective, training
+        self.exploration = exploration or ExplorationSettings()
+        self.run_folder, self.evaluate = run, evaluate
+        self.generator = torch.Generator().manual_seed(seed)
+        self.replay = (replay or ReplaySettings()).build() if training.replayed else None
+        self.average = copy.deepcopy(policy).requires_grad_(False) if self.exploration.average else None
+        self.search = InlineSearch(
+            self.average or policy, reward, conditions, self.replay, self.generator, training.group_size,
+            objective.needs_step_rewards,
+        )  # fmt: skip
+        self.optimizer = self._optimizer()
+        self.iteration = 0
+        self.seconds = 0.0
+        self.interrupted = False
+
+    @property
+    def sampler(self) -> Policy:
+        """The policy to draw from: the moving average where there is one."""
+        return self.average or self.policy
+
+    def run(self, progress_bar: bool = True) -> None:
+        """Train up to `training.iterations`. Ctrl-C, or a polite kill, ends it early with a checkpoint and `interrupted` set.
+
+        Raises NonFiniteLoss after writing the batch down; the checkpoint before it stays.
+        """
+        log = _Log(self.run_folder, self.training.iterations, self.iteration, progress_bar)
+        with self._interruptible(), log:
+            while self.iteration < self.training.iterations and not self.interrupted:
+                began = time.perf_counter()
+                metrics = self.update()
+                self.seconds += time.perf_counter() - began
+                if self._is_due(self.training.log_every):
+                    metrics |= self._bookkeeping()
+                    if self.evaluate is not None and self._is_due(self.training.evaluate_every):
+                        metrics |= {f"eval/{name}": value for name, value in self.evaluate(self.sampler).items()}
+                    log.write(metrics)
+                log.advance()
+                if self._is_due(self.training.checkpoint_every) or self.interrupted:
+                    self.save()
+
+    def update(self) -> Metrics:
+        """One iteration: draw, learn, step."""
+        progress = self.iteration / self.training.iterations
+        exploration = self.exploration.at(progress)
+        batch = self.search.collect(self.training.batch_size, exploration)
+        fresh = batch
+        if self.replay is not None and len(self.replay):
+            batch = Trajectories.concatenate([batch, self._replayed()])
+        self.iteration += 1
+        if not len(batch):  # every reward of this batch failed
+            return {"iteration": self.iteration, "epsilon": exploration.epsilon}
+        log_probs = self.policy.log_probs(batch)
+        loss = self.objective(log_probs, batch)
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        limit = self.training.clip_gradient or math.inf
+        gradient_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit)
+        if not (torch.isfinite(loss) and torch.isfinite(gradient_norm)):
+            self._refuse(batch, loss, gradient_norm)
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * self.training.rate(progress)
+        self.optimizer.step()
+        self.policy.version += 1
+        self._move_average()
+        if not self._is_due(self.training.log_every):
+            return {}
+        return {
+            "iteration": self.iteration,
+            "loss": loss.item(),
+            "log_z": self.objective.log_z(log_probs, batch).mean().item(),
+            "mean_log_reward": fresh.log_reward.mean().item(),
+            "mean_reward": fresh.log_reward.exp().mean().item(),
+            "mean_length": fresh.lengths.float().mean().item(),
+            "gradient_norm": gradient_norm.item(),
+            "epsilon": exploration.epsilon,
+        }
+
+    def _replayed(self) -> Trajectories:
+        assert self.replay is not None
+        replayed = self.replay.sample(self.training.replayed, self.generator)
+        if not self.training.replay_backward:
+            return replayed
+        walked = self.policy.sample_backward(replayed, self.generator)
+        return self.search.with_step_rewards(walked) if self.search.step_rewards else walked
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        log_z = self.policy.log_z_parameters()
+        chosen = {id(parameter) for parameter in log_z}
+        rest = [p for p in self.policy.parameters() if p.requires_grad and id(p) not in chosen]
+        groups = [{"params": rest}] + ([{"params": log_z}] if log_z else [])
+        self._rates = [self.training.learning_rate, self.training.log_z_learning_rate][: len(groups)]
+        return torch.optim.Adam(groups, lr=self.training.learning_rate, fused=True)
+
+    def _move_average(self) -> None:
+        if self.average is None:
+            return
+        with torch.no_grad():
+            old, new = list(self.average.parameters()), [p.detach() for p in self.policy.parameters()]
+            torch._foreach_lerp_(old, new, 1 - self.exploration.average)
+        self.average.version = self.policy.version
+
+    def _is_due(self, every: int) -> bool:
+        return self.iteration % every == 0 or self.iteration == self.training.iterations
+
+    def _bookkeeping(self) -> Metrics:
+        counts: Metrics = {
+            "iteration": self.iteration,
+            "trajectories": self.search.drawn,
+            "trajectories_per_second": self.search.drawn / max(self.seconds, 1e-9),
+            "seconds": self.seconds,
+            "failed": self.search.failed,
+            "reward_calls": getattr(self.search.reward, "evaluated", self.search.drawn),
+        }
+        return counts
+
+    def _refuse(self, batch: Trajectories, loss: Tensor, gradient_norm: Tensor) -> None:
+        where = ""
+        if self.run_folder is not None:
+            path = self.run_folder.folder / "non-finite-batch.safetensors"
+            batch.save(path)
+            where = f"; the batch is in {path}, the last good checkpoint is kept"
+        raise NonFiniteLoss(
+            f"iteration {self.iteration}: loss {loss.item()}, gradient norm {gradient_norm.item()}{where}"
+        )
+
+    # Checkpoints: all that one iteration hands to the next.
+
+    def save(self) -> None:
+        if self.run_folder is not None:
+            self.run_folder.save_checkpoint(self.checkpoint())
+
+    def checkpoint(self) -> Checkpoint:
+        optimizer = self.optimizer.state_dict()
+        tensors = {
+            "policy": dict(self.policy.state_dict()),
+            "optimizer": {
+                f"{parameter}.{name}": value for parameter, values in optimizer["state"].items() for name, value in values.items()
+            },
+            "random": {"generator": self.generator.get_state()},
+        }
+        if self.average is not None:
+            tensors["average"] = dict(self.average.state_dict())
+        if self.replay is not None:
+            tensors["replay"] = self.replay.state()
+        state: dict[str, object] = {
+            "version": self.policy.version,
+            "drawn": self.search.drawn,
+            "failed": self.search.failed,
+            "seconds": self.seconds,
+        }
+        return Checkpoint(self.iteration, tensors, state)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take up where `checkpoint` was made. Raises ValueError if it belongs to other settings."""
+        try:
+            self.policy.load_state_dict(checkpoint.tensors["policy"])
+            if self.average is not None:
+                self.average.load_state_dict(checkpoint.tensors["average"])
+            optimizer = self.optimizer.state_dict()
+            optimizer["state"] = {}
+            for key, value in checkpoint.tensors["optimizer"].items():
+                parameter, name = key.split(".")
+                optimizer["state"].setdefault(int(parameter), {})[name] = value
+            self.optimizer.load_state_dict(optimizer)
+            self.generator.set_state(checkpoint.tensors["random"]["generator"])
+            if self.replay is not None:
+                self.replay.load_state(checkpoint.tensors["replay"])
+            self.search.drawn, self.search.failed = int(str(checkpoint.state["drawn"])), int(str(checkpoint.state["failed"]))
+            self.seconds = float(str(checkpoint.state["seconds"]))
+            self.policy.version = self.sampler.version = int(str(checkpoint.state["version"]))
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"the checkpoint does not fit these settings: {error}") from error
+        self.iteration = checkpoint.iteration
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """A first Ctrl-C or SIGTERM lets the iteration end; a second one stops at once."""
+
+        def ask_to_stop(number: int, frame: object) -> None:
+            self.interrupted = True
+            signal.signal(number, before[number])
+
+        before = {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, ask_to_stop)
+        except ValueError:  # not in the main thread: whoever owns it handles signals
+            before.clear()
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class _Log:
+    """Progress bar, metrics.jsonl and TensorBoard."""
+
+    def __init__(self, run: Run | None, total: int, done: int, progress_bar: bool) -> None:
+        self.run = run
+        self.events = SummaryWriter(str(run.folder / "events")) if run else None
+        self.bar = tqdm(total=total, initial=done, disable=not progress_bar, unit="it", dynamic_ncols=True)
+
+    def __enter__(self) -> _Log:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+        if self.events is not None:
+            self.events.close()
+
+    def advance(self) -> None:
+        self.bar.update()
+
+    def write(self, metrics: Metrics) -> None:
+        shown = {"loss": "loss", "log_z": "log Z", "mean_reward": "reward", "trajectories_per_second": "traj/s"}
+        self.bar.set_postfix_str(", ".join(f"{label} {metrics[k]:.4g}" for k, label in shown.items() if k in metrics))
+        if self.run is not None and self.events is not None:
+            self.run.append_metrics(metrics)
+            for name, value in metrics.items():
+                self.events.add_scalar(name, value, int(metrics["iteration"]))

@@ -121,7 +121,7 @@ class EnvironmentPolicy(Policy):
             forward=taken,
             backward=backward,
             log_z=log_z,
-            log_flow=flow[:, 0] + log_z[trajectories.index],
+            log_flow=flow[:, 0],
             log_exit=forward[:, environment.exit_action],
             auxiliary=auxiliary,
         )

@@ -1,0 +1,36 @@
+# make demo   set everything up and design RNA oligomers against two microRNAs (about two minutes of training)
+# make test   set everything up, then lint, types and all tests
+# Both need Python 3.11 or newer and nothing else; they install into .venv.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+RUN := $(VENV)/bin
+
+.PHONY: demo test check clean
+
+demo: $(VENV)/.installed
+	$(RUN)/headwater train rna --out runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+test: $(VENV)/.installed-dev check
+	$(RUN)/python -m pytest
+
+check: $(VENV)/.installed-dev
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+$(VENV)/bin/python:
+	PYTHON="$(PYTHON)" sh scripts/make-venv.sh $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable ".[rna]"
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable ".[rna,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

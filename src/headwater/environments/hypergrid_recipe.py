@@ -1,0 +1,67 @@
+"""The recipe `hypergrid`: the standard test of whether a sampler finds every mode, with its exact distribution beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from headwater.environments.hypergrid import Hypergrid, HypergridReward
+from headwater.policies.environment_policy import Backward
+from headwater.recipes import EnvironmentRecipe
+from headwater.report import Section
+from headwater.report.figures import heat_maps
+from headwater.reward import Reward
+from headwater.runs import Run
+from headwater.sampler import Sampler
+from headwater.training import Training
+
+
+@dataclass(frozen=True)
+class HypergridRecipe(EnvironmentRecipe):
+    """A D-dimensional grid with a few far-apart modes."""
+
+    summary: ClassVar[str] = "walk a D-dimensional grid to its far-apart modes (exact distribution known)"
+    cached: ClassVar[bool] = False
+
+    dimensions: int = 4
+    """Number of axes, D."""
+    side: int = 8
+    """Cells along an axis, H."""
+    family: Literal["original", "deceptive"] = "original"
+    """The reward: original (Bengio et al. 2021) or deceptive (Kim et al. 2025)."""
+    r0: float = 1e-3
+    """Reward everywhere."""
+    r1: float = 0.5
+    """Reward of the plateau."""
+    r2: float = 2.0
+    """Reward of the modes."""
+    backward: Backward = "learned"
+    """The backward policy."""
+    training: Training = field(default_factory=lambda: Training(iterations=3000, batch_size=64, learning_rate=3e-3))
+    """How long and how fast to learn."""
+
+    def environment(self) -> Hypergrid:
+        return Hypergrid(self.dimensions, self.side)
+
+    def base_reward(self) -> Reward:
+        return HypergridReward(self.side, self.r0, self.r1, self.r2, self.family)
+
+    def __post_init__(self) -> None:
+        self.environment()
+        self.base_reward()
+
+    def sections(self, run: Run) -> list[Section]:
+        """Learned against true distribution over the first two axes, the others summed out."""
+        sampler = Sampler.load(run.folder)
+        exact = sampler.exact_distribution()
+        if exact is None or self.dimensions < 2:
+            return []
+        learned = exact.log_probs(sampler.problem.policy).exp().numpy()
+        cells = exact.states.numpy()
+        maps = [np.zeros((self.side, self.side)) for _ in range(2)]
+        for grid, probability in zip(maps, (learned, exact.probabilities.numpy()), strict=True):
+            np.add.at(grid, (cells[:, 0], cells[:, 1]), probability)
+        figure = heat_maps(maps[0], maps[1], "axis 1", "axis 2")
+        return [Section("Learned and true distribution", figure)]

@@ -9,7 +9,7 @@ import numpy as np
 
 from headwater.environments.hypergrid import Hypergrid, HypergridReward
 from headwater.policies.environment_policy import Backward
-from headwater.recipes import EnvironmentRecipe
+from headwater.recipes.base import EnvironmentRecipe
 from headwater.report import Section
 from headwater.report.figures import heat_maps
 from headwater.reward import Reward
@@ -23,7 +23,7 @@ class HypergridRecipe(EnvironmentRecipe):
     """A D-dimensional grid with a few far-apart modes."""
 
     summary: ClassVar[str] = "walk a D-dimensional grid to its far-apart modes (exact distribution known)"
-    cached: ClassVar[bool] = False
+    caches_reward: ClassVar[bool] = False
 
     dimensions: int = 4
     """Number of axes, D."""
@@ -52,9 +52,8 @@ class HypergridRecipe(EnvironmentRecipe):
         self.environment()
         self.base_reward()
 
-    def sections(self, run: Run) -> list[Section]:
+    def sections(self, run: Run, sampler: Sampler) -> list[Section]:
         """Learned against true distribution over the first two axes, the others summed out."""
-        sampler = Sampler.load(run.folder)
         exact = sampler.exact_distribution()
         if exact is None or self.dimensions < 2:
             return []

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from headwater.report import Section
 from headwater.reward import CachedReward, Reward, TemperedReward
 from headwater.runs import Run, Samples, Setting
 from headwater.training import ExplorationSettings, Training
+
+if TYPE_CHECKING:
+    from headwater.sampler import Sampler
 
 GROUP = "headwater.recipes"
 
@@ -78,7 +81,7 @@ class Recipe(ABC):
         """Write the samples in the field's own formats too; returns the files."""
         return []
 
-    def sections(self, run: Run) -> list[Section]:
+    def sections(self, run: Run, sampler: Sampler) -> list[Section]:
         """The report's sections of this domain: the objects drawn as the field draws them."""
         return []
 
@@ -95,6 +98,9 @@ class Recipe(ABC):
 @dataclass(frozen=True)
 class EnvironmentRecipe(Recipe):
     """A recipe whose objects are built in a discrete environment."""
+
+    caches_reward: ClassVar[bool] = True
+    """Whether to remember each object's reward: not worth it for a reward that is computed in no time."""
 
     network: Network = field(default_factory=Network)
     """The network over the environment's states."""
@@ -113,7 +119,7 @@ class EnvironmentRecipe(Recipe):
 
     def problem(self) -> Problem:
         conditions: Conditions = NoCondition()
-        reward: Reward = CachedReward(self.base_reward())
+        reward: Reward = CachedReward(self.base_reward()) if self.caches_reward else self.base_reward()
         if self.inverse_temperatures is not None:
             conditions, reward = InverseTemperature(*self.inverse_temperatures), TemperedReward(reward)
         policy = EnvironmentPolicy(self.environment(), self.network, self.backward, conditions.size)

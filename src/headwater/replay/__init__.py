@@ -1,0 +1,160 @@
+"""The replay buffer: remembers finished trajectories and hands them out again.
+
+There is one entry for each pair of (identity, condition), the newest kept. `rules` decide what a draw returns, `store`
+keeps the entries, packed.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Generator, Tensor
+
+from headwater.replay.rules import (
+    Entries,
+    Mixture,
+    PerCondition,
+    Recent,
+    RewardRank,
+    RewardSoftmax,
+    Rule,
+    Stratified,
+    Uniform,
+    require,
+)
+from headwater.replay.store import Store
+from headwater.trajectories import Trajectories
+
+__all__ = [
+    "Entries",
+    "Mixture",
+    "PerCondition",
+    "Recent",
+    "Replay",
+    "ReplaySettings",
+    "RewardRank",
+    "RewardSoftmax",
+    "Rule",
+    "Stratified",
+    "Uniform",
+]
+
+_FORMAT = "headwater.replay.1"
+
+
+class Replay:
+    """Remembers up to `capacity` trajectories, on the CPU; the oldest leave first. Not to be shared between threads.
+
+    There is one entry for each pair of (identity, condition): a newer trajectory takes the place of the older, and
+    counts as newest.
+    """
+
+    def __init__(self, capacity: int, rule: Rule) -> None:
+        require(capacity >= 1, "capacity", capacity, "at least 1")
+        self.capacity = capacity
+        self.rule = rule
+        self._store = Store(capacity)
+
+    def __len__(self) -> int:
+        return len(self._store.live)
+
+    def add(self, trajectories: Trajectories) -> None:
+        """Remember scored trajectories.
+
+        Raises ValueError, and changes nothing, if a log-reward is not finite or the tensors are not like those here.
+        """
+        if len(trajectories):
+            self._store.add(trajectories.to("cpu"))
+
+    def sample(self, count: int, generator: Generator) -> Trajectories:
+        """`count` trajectories by the rule. Raises ValueError if the replay is empty."""
+        require(count >= 1, "count", count, "at least 1")
+        if not len(self):
+            raise ValueError("cannot draw from an empty replay: add trajectories first")
+        return self._store.gather(self._store.live[self.rule.draw(count, self._store.entries, generator)])
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that future draws and evictions depend on, by name; `load_state` is the inverse."""
+        recent = {"recent": torch.tensor(self._store.recent)}
+        return recent | (self._store.gather(self._store.live).tensors() if len(self) else {})
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Become the replay whose `state` this is; raises ValueError, and changes nothing, if it is no such state."""
+        if "recent" not in tensors:
+            raise ValueError("not the state of a replay: missing recent")
+        store = Store(self.capacity)
+        if len(tensors) > 1:
+            store.add(Trajectories.from_tensors({name: tensors[name] for name in tensors if name != "recent"}))
+            store.recent = min(int(tensors["recent"]), len(store.live))
+        self._store = store
+
+    def save(self, path: str | Path) -> None:
+        """Write the state to one safetensors file, atomically: the file is the old or the new one, never a part."""
+        part = Path(f"{path}.part")
+        save_file({name: tensor.contiguous() for name, tensor in self.state().items()}, part, {"format": _FORMAT})
+        os.replace(part, path)
+
+    def load(self, path: str | Path) -> None:
+        """Become the replay that `save` wrote; raises ValueError, naming the file, and changes nothing, on another."""
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                if (file.metadata() or {}).get("format") != _FORMAT:
+                    raise ValueError("no replay in it")
+                self.load_state({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"{path}: not a saved replay: {error}") from error
+
+
+@dataclass(frozen=True)
+class ReplaySettings:
+    """A replay by name.
+
+    capacity:           trajectories remembered.
+    rule:               how they are drawn: the most recent, uniformly, by softmax of log-reward, by rank of reward, or
+                        a set share from the high rewards.
+    temperature:        of the softmax over log-rewards.
+    rank_weight:        k of the rank rule: the smaller, the more the best are drawn.
+    share, quantile:    of the stratified rule: this share of the draw has a reward at or above this quantile.
+    recent_probability: probability that a draw is from the most recent batch, whatever the rule.
+    per_condition:      draw this many entries of each condition that is drawn; 0 draws without regard to conditions.
+    """
+
+    capacity: int = 100_000
+    rule: Literal["recent", "uniform", "softmax", "rank", "stratified"] = "stratified"
+    temperature: float = 1.0
+    rank_weight: float = 1e-3
+    share: float = 0.5
+    quantile: float = 0.9
+    recent_probability: float = 0.0
+    per_condition: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.capacity >= 1, "capacity", self.capacity, "at least 1")
+        require(self.rule in self._rules(), "rule", self.rule, "one of " + ", ".join(self._rules()))
+        require(0 <= self.recent_probability <= 1, "recent_probability", self.recent_probability, "from 0 to 1")
+        require(self.per_condition >= 0, "per_condition", self.per_condition, "at least 0")
+
+    def build(self) -> Replay:
+        """An empty replay of these settings."""
+        rule = self._rules()[self.rule]
+        if self.recent_probability:
+            rule = Mixture(self.recent_probability, rule)
+        if self.per_condition:
+            rule = PerCondition(rule, self.per_condition)
+        return Replay(self.capacity, rule)
+
+    def _rules(self) -> dict[str, Rule]:
+        require(0 < self.rank_weight < float("inf"), "rank_weight", self.rank_weight, "above 0")
+        return {
+            "recent": Recent(),
+            "uniform": Uniform(),
+            "softmax": RewardSoftmax(self.temperature),
+            "rank": RewardRank(self.rank_weight),
+            "stratified": Stratified(self.share, self.quantile),
+        }

@@ -273,7 +273,7 @@ def test_heat_maps_show_the_arrays_the_first_axis_rightwards_the_second_upwards(
 
     def corners(picture: np.ndarray) -> dict[str, np.ndarray]:
         edge = picture.shape[0] // 4
-        upright = picture if "matrix(1 0 0 -1" not in svg else picture[::-1]
+        upright = picture if "scale(1 -1)" not in svg else picture[::-1]
         return {
             "top left": upright[edge, edge, :3],
             "top right": upright[edge, -edge, :3],

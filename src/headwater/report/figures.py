@@ -130,6 +130,8 @@ def line_figure(
             _logarithmic(axes)
         else:
             axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
+            if max(np.abs(axes.get_ylim())) >= 10_000:
+                axes.yaxis.set_major_formatter(FuncFormatter(_short_number))
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
         axes.xaxis.set_major_formatter(FuncFormatter(_short_number))
         axes.set_xlabel(x_label)

@@ -237,7 +237,9 @@ def test_figures_are_written_as_files_that_stand_alone(tmp_path: Path) -> None:
     for name, svg in files.items():
         assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg", name
         assert "var(--" not in svg, name  # a file has no page to take its colours from
-    assert "var(--water)" in (run.folder / "report.html").read_text()
+    in_page = re.findall(r"<svg role=.*?</svg>", (run.folder / "report.html").read_text(), re.DOTALL)
+    assert len(in_page) == len(files)
+    assert all("var(--ink)" in svg and "#1d2733" not in svg for svg in in_page)
 
 
 def test_a_second_report_is_the_same_to_the_byte(tmp_path: Path) -> None:

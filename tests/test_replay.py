@@ -91,8 +91,9 @@ def test_a_replay_holds_what_a_plain_list_would(
             replay.add(batch_of([0]).select(torch.tensor([False])))
         assert len(replay) == len(model)
         if model:
-            expected = Trajectories.concatenate(model).tensors() | {"recent": torch.tensor(recent)}
-            assert_same(replay.state(), expected)
+            expected = Trajectories.concatenate(model).tensors()
+            assert_same(replay.sample(len(model), Generator()).tensors(), expected)
+            assert_same(replay.state(), expected | {"recent": torch.tensor(recent)})
 
 
 def test_a_long_run_with_many_duplicates_keeps_the_contents_and_a_bounded_memory() -> None:

@@ -92,7 +92,7 @@ class Trajectories:
         if chosen.dtype == torch.bool:
             chosen = chosen.nonzero()[:, 0]
         lengths = self.lengths[chosen]
-        rows = _rows(self.starts[chosen], lengths)
+        rows = rows_of(self.starts[chosen], lengths)
         return self._map(lambda per_step: per_step[rows], lambda per_trajectory: per_trajectory[chosen])
 
     def split(self, sizes: Sequence[int]) -> list[Trajectories]:
@@ -153,9 +153,11 @@ class Trajectories:
                 raise ValueError(f"steps.{name} has {tensor.shape[0]} rows, expected {total}")
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file."""
+        """Write one safetensors file, whole or not at all."""
         tensors = {name: tensor.contiguous().cpu() for name, tensor in self.tensors().items()}
-        save_file(tensors, str(path), metadata={"format": _FORMAT})
+        partial = Path(f"{path}.partial")
+        save_file(tensors, str(partial), metadata={"format": _FORMAT})
+        partial.replace(path)
 
     @staticmethod
     def load(path: str | Path) -> Trajectories:
@@ -178,7 +180,7 @@ class Trajectories:
 _PER_TRAJECTORY = tuple(field.name for field in fields(Trajectories) if field.name != "steps")
 
 
-def _rows(starts: Tensor, lengths: Tensor) -> Tensor:
+def rows_of(starts: Tensor, lengths: Tensor) -> Tensor:
     """The rows `starts[i] .. starts[i] + lengths[i]` of every i, end to end."""
     total = int(lengths.sum())
     shift = starts - (lengths.cumsum(0) - lengths)

@@ -127,5 +127,5 @@ def identity(states: Tensor) -> Tensor:
     value = torch.full((states.shape[0],), 0x51_7C_C1_B7_27_22_0A_95, dtype=torch.int64, device=states.device)
     for column in states.to(torch.int64).unbind(1):
         value = (value ^ column) * 0x2545F4914F6CDD1D  # int64 arithmetic wraps around: a multiplicative hash
-        value = value ^ (value >> 29)
+        value = value ^ ((value >> 29) & 0x7_FFFF_FFFF)  # a logical shift: the arithmetic one would lose a bit a round
     return value

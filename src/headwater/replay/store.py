@@ -14,7 +14,7 @@ from numba import njit
 from torch import Tensor
 
 from headwater.replay.rules import Entries
-from headwater.trajectories import Trajectories
+from headwater.trajectories import Trajectories, rows_of
 
 
 class Store:
@@ -74,7 +74,7 @@ class Store:
         """The entries on these lines, `[K]`, as a batch."""
         rows = {name: self.rows[name][lines] for name in self.rows if name not in ("key", "condition_key", "start")}
         ring = next(iter(self.steps.values())).shape[0]
-        places = _places(self.rows["start"][lines], rows["lengths"]) % ring
+        places = rows_of(self.rows["start"][lines], rows["lengths"]) % ring
         return Trajectories.from_tensors(rows | {name: tensor[places] for name, tensor in self.steps.items()})
 
     def _check(self, steps: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
@@ -127,8 +127,8 @@ class Store:
         new_starts = begin + lengths.cumsum(0) - lengths
         for first in range(0, len(starts), 65536):
             chunk = slice(first, first + 65536)
-            source = _places(starts[chunk], lengths[chunk]) % ring
-            destination = _places(new_starts[chunk], lengths[chunk]) % size
+            source = rows_of(starts[chunk], lengths[chunk]) % ring
+            destination = rows_of(new_starts[chunk], lengths[chunk]) % size
             for name, tensor in self.steps.items():
                 target[name][destination] = tensor[source]
         self.steps = target
@@ -153,13 +153,6 @@ class Store:
 def _size(allocated: int, needed: int) -> int:
     """What is allocated, if an eighth of it stays free, so that the next repacking is far off; else a quarter more."""
     return allocated if allocated >= needed + needed // 8 else needed + needed // 4
-
-
-def _places(starts: Tensor, lengths: Tensor) -> Tensor:
-    """`starts[i] .. starts[i] + lengths[i]` of every i, end to end."""
-    total = int(lengths.sum())
-    shift = starts - (lengths.cumsum(0) - lengths)
-    return torch.arange(total) + torch.repeat_interleave(shift, lengths, output_size=total)
 
 
 def _condition_key(condition: Tensor) -> Tensor:

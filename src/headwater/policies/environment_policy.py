@@ -126,6 +126,12 @@ class EnvironmentPolicy(Policy):
             auxiliary=auxiliary,
         )
 
+    def action_log_probs(self, states: Tensor, condition: Tensor) -> Tensor:
+        """log P_F of every action in each of N states under one condition row `[1, C]`: `[N, n_actions]`, very low where illegal."""
+        embedded = self.embed_condition(self._checked(condition)).expand(len(states), -1) if self.condition_size else None
+        logits = self.heads(self.torso(self.environment.features(states), embedded))[:, : self.sizes[0]].float()
+        return logits.masked_fill(~self.environment.forward_mask(states), _NEVER).log_softmax(1)
+
     def objects(self, trajectories: Trajectories) -> Objects:
         return self.environment.objects(self.final_states(trajectories))
 

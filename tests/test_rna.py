@@ -17,7 +17,7 @@ from headwater.sequences.data import (
     write_fasta,
 )
 from headwater.sequences.diversity import distinct, edit_distances, mean_pairwise_distance
-from headwater.sequences.environment import pair_table
+from headwater.sequences.environment import InverseFolding, pair_table
 from headwater.sequences.reward import BindingReward, InverseFoldingReward, best_duplex, viennarna
 
 MIR21, MIR155 = "UAGCUUAUCAGACUGAUGUUGA", "UUAAUGCUAAUCGUGAUAGGGGUU"
@@ -182,6 +182,85 @@ def test_inverse_folding_settings_are_checked() -> None:
     pytest.importorskip("RNA")
     with pytest.raises(ValueError, match="'ACGU' is not 11 letters"):
         InverseFoldingReward("((((...))))").defect(["ACGU"])
+
+
+def all_finished(environment: InverseFolding) -> torch.Tensor:
+    """Every finished state, by taking every legal action from every state; proves backward steps on the way."""
+    states = environment.initial(1)
+    for _ in range(environment.width):
+        rows, actions = environment.forward_mask(states).nonzero(as_tuple=True)
+        children = environment.step(states[rows], actions)
+        back = environment.backward_action(states[rows], actions)
+        assert environment.backward_mask(children).all()
+        assert torch.equal(environment.backward_step(children, back), states[rows])
+        assert torch.equal(environment.forward_action(children, back), actions)
+        states = children
+    return states
+
+
+def test_inverse_folding_builds_each_compatible_sequence_once() -> None:
+    environment = InverseFolding("(.(...)).")
+    finished = all_finished(environment)
+    sequences = list(environment.objects(finished))
+    assert len(sequences) == len(set(sequences)) == 4**5 * 6**2
+    assert len(sequences) == round(np.exp(environment.log_object_count))
+    assert torch.equal(environment.states(sequences), finished)
+    canonical = {"AU", "UA", "GC", "CG", "GU", "UG"}
+    assert all({s[0] + s[7], s[2] + s[6]} <= canonical and len(s) == 9 for s in map(str, sequences))
+
+
+def test_inverse_folding_ends_only_when_every_slot_is_filled() -> None:
+    environment = InverseFolding("((...))")
+    assert environment.width == 5
+    states = environment.initial(1)
+    assert not environment.backward_mask(states).any()
+    for action in (4, 8, 0, 1, 2):
+        assert not environment.forward_mask(states)[0, environment.exit_action]
+        states = environment.step(states, torch.tensor([action]))
+    assert environment.forward_mask(states)[0].nonzero().flatten().tolist() == [environment.exit_action]
+    assert environment.objects(states) == ["GGACGUC"]
+    with pytest.raises(ValueError, match="not finished"):
+        environment.objects(environment.initial(1))
+
+
+def test_inverse_folding_native_rules_agree_with_the_tensor_rules() -> None:
+    environment = InverseFolding("(.(...)).")
+    native, states = environment.native, environment.initial(8)
+    assert native is not None
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(environment.width + 1):
+        mask = environment.forward_mask(states)
+        for state, row, back in zip(states, mask, environment.backward_mask(states), strict=True):
+            out, out_back = np.ones(environment.n_actions, dtype=bool), np.ones(1, dtype=bool)
+            native.forward_mask(state.numpy(), native.constants, out)
+            native.backward_mask(state.numpy(), native.constants, out_back)
+            assert out.tolist() == row.tolist()
+            assert out_back.tolist() == back.tolist()
+        if mask[0, environment.exit_action]:
+            break
+        actions = torch.multinomial(mask.double(), 1, generator=generator)[:, 0]
+        following = environment.step(states, actions)
+        for state, action, expected in zip(states, actions, following, strict=True):
+            moved = state.numpy().copy()
+            native.step(moved, int(action), native.constants)
+            assert moved.tolist() == expected.tolist()
+            assert native.backward_step(moved, 0, native.constants) == int(action)
+            assert moved.tolist() == state.tolist()
+        states = following
+    assert (states > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("sequence", "message"),
+    [
+        ("GGACGU", "has 6 bases, the structure 7 positions"),
+        ("GGACGUA", "'GA' at the pair of positions 1 and 7"),
+        ("GGANGUC", "'N' at position 4"),
+    ],
+)
+def test_a_sequence_that_inverse_folding_cannot_build_is_named(sequence: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"{sequence!r}.*{message}"):
+        InverseFolding("((...))").states([sequence])
 
 
 def test_pair_table_of_a_multiloop() -> None:

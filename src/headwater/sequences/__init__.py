@@ -4,12 +4,13 @@
 
 from headwater.sequences.data import FastaError, Record, landscape, mirna_targets, read_fasta, write_fasta
 from headwater.sequences.diversity import distinct, edit_distances, mean_pairwise_distance
-from headwater.sequences.environment import pair_table
+from headwater.sequences.environment import InverseFolding, pair_table
 from headwater.sequences.reward import BindingReward, InverseFoldingReward
 
 __all__ = [
     "BindingReward",
     "FastaError",
+    "InverseFolding",
     "InverseFoldingReward",
     "Record",
     "distinct",

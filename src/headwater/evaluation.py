@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from headwater.environments.base import Environment, Objects
+from headwater.environments.base import Environment
 from headwater.environments.graph import enumerate_states
 from headwater.objectives import path_log_ratio
 from headwater.policies.base import NO_EXPLORATION, Policy
@@ -62,8 +62,7 @@ class ExactDistribution:
         return (reached.log() + log_probs[:, -1])[self.graph.terminal]
 
     def compare(self, policy: Policy) -> dict[str, float]:
-        """total_variation (half the summed difference), jensen_shannon (nats), log_z_exact, the sampler's own log_z_estimate where it
-        has one, and their log_z_gap."""
+        """total_variation (half the summed difference of all probabilities), jensen_shannon (nats) and log_z_exact."""
         learned, target = self.log_probs(policy).exp(), self.probabilities
         middle = (learned + target) / 2
         divergence = (_entropy_terms(learned, middle) + _entropy_terms(target, middle)) / 2
@@ -227,7 +226,6 @@ def _entropy_terms(p: Tensor, q: Tensor) -> Tensor:
 
 __all__ = [
     "ExactDistribution",
-    "Objects",
     "best_and_different",
     "best_distinct",
     "bounds",

@@ -1,8 +1,9 @@
-"""What a person does with Headwater, one function each: train, resume, evaluate, sample, report."""
+"""What a person does with Headwater, one function each: train, resume, sample, evaluate, report."""
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,25 +11,24 @@ import numpy as np
 import torch
 
 from headwater import evaluation
-from headwater.environments.graph import TooManyStates
 from headwater.policies import EnvironmentPolicy, Exploration, Policy
-from headwater.recipes import Problem, Recipe
+from headwater.recipes.base import Recipe
 from headwater.report import write_report
 from headwater.runs import Metrics, Run, Samples
 from headwater.sampler import Sampler
-from headwater.settings import load_recipe
+from headwater.settings import INPUTS, load_recipe
 from headwater.training import Evaluate, Trainer
 
-ENUMERATION_LIMIT = 200_000
-"""Spaces of up to this many states are compared with their exact distribution."""
 BASELINE_LIMIT = 200_000
 """Most reward calls that the random-search baseline repeats."""
+TEST_OBJECTS = 1000
+"""Objects of each kind, drawn and random, over which rewards and log-probabilities are correlated."""
 
 
 def train(recipe: Recipe, name: str, folder: Path, command: Sequence[str] = (), progress_bar: bool = True) -> Trainer:
-    """Train a new run in `folder`, then draw samples, evaluate and write the report."""
+    """Train a new run in `folder`, then draw samples, evaluate and write the report. Files that settings name are copied into it."""
     run = Run.create(folder, name, recipe.settings(), list(command), recipe.seed)
-    return _train(recipe, run, progress_bar)
+    return _train(_keep_inputs(recipe, run, name), run, progress_bar)
 
 
 def resume(folder: Path, progress_bar: bool = True) -> Trainer:
@@ -38,10 +38,10 @@ def resume(folder: Path, progress_bar: bool = True) -> Trainer:
 
 
 def sample(folder: Path, count: int, condition: Sequence[float] | None = None, seed: int | None = None) -> list[Path]:
-    """Draw `count` objects from a trained run and write them into its folder."""
-    sampler = Sampler.load(folder)
-    run = Run.open(folder)
+    """Draw `count` objects from a trained run and write them into its folder. Returns the files."""
+    sampler, run = Sampler.load(folder), Run.open(folder)
     samples = sampler.sample(count, condition, seed)
+    samples = dataclasses.replace(samples, extra=sampler.recipe.columns(samples.objects))
     return [*run.write_samples(samples), *sampler.recipe.write_samples(run, samples)]
 
 
@@ -55,8 +55,19 @@ def evaluate(folder: Path) -> dict[str, object]:
 
 def report(folder: Path) -> Path:
     """Write the HTML report of a run anew."""
-    run = Run.open(folder)
-    return write_report(run, load_recipe(run).sections(run))
+    run, sampler = Run.open(folder), Sampler.load(folder)
+    try:
+        defaults = type(sampler.recipe)().settings()
+    except ValueError:  # a recipe that cannot do without some setting
+        defaults = None
+    return write_report(run, sampler.recipe.sections(run, sampler), defaults)
+
+
+def best(recipe: Recipe, samples: Samples, count: int) -> list[int]:
+    """Indices of the best and most different samples."""
+    return evaluation.best_and_different(
+        samples.objects, samples.log_reward, count, lambda a, b: recipe.distance(str(a), str(b)), recipe.least_distance
+    )
 
 
 def _train(recipe: Recipe, run: Run, progress_bar: bool) -> Trainer:
@@ -65,7 +76,7 @@ def _train(recipe: Recipe, run: Run, progress_bar: bool) -> Trainer:
     problem = recipe.problem()
     trainer = Trainer(
         problem.policy, problem.reward, problem.conditions, recipe.objective, recipe.training, recipe.exploration,
-        recipe.replay, recipe.seed, run, _quick_evaluation(recipe, problem),
+        recipe.replay, recipe.seed, run, _quick_evaluation(recipe),
     )  # fmt: skip
     checkpoint = run.latest_checkpoint()
     run.forget_metrics_after(checkpoint.iteration if checkpoint else 0)
@@ -79,31 +90,103 @@ def _train(recipe: Recipe, run: Run, progress_bar: bool) -> Trainer:
     return trainer
 
 
-def _exact(recipe: Recipe, problem: Problem) -> evaluation.ExactDistribution | None:
-    """The exact distribution, where the space is small enough to enumerate."""
-    if not isinstance(problem.policy, EnvironmentPolicy):
-        return None
-    try:
-        return evaluation.ExactDistribution(
-            problem.policy.environment, problem.reward, recipe.default_condition(), limit=ENUMERATION_LIMIT
-        )
-    except TooManyStates:
-        return None
+def _keep_inputs(recipe: Recipe, run: Run, name: str) -> Recipe:
+    """Copy the files that settings name into the run folder, so that it can be resumed and moved without them."""
+    paths = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+    kept = {field: path for field, path in paths.items() if isinstance(path, Path) and path.is_file()}
+    if not kept:
+        return recipe
+    (run.folder / INPUTS).mkdir(exist_ok=True)
+    for path in kept.values():
+        shutil.copyfile(path, run.folder / INPUTS / path.name)
+    run.write_settings(name, {**run.settings, **{field: f"{INPUTS}/{path.name}" for field, path in kept.items()}})
+    return load_recipe(run)
 
 
-def _quick_evaluation(recipe: Recipe, problem: Problem) -> Evaluate:
-    """What is measured again and again while training, on random numbers of its own."""
-    exact = _exact(recipe, problem)
-    condition = recipe.default_condition()
-    generator = torch.Generator().manual_seed(recipe.seed + 1)
+def _quick_evaluation(recipe: Recipe) -> Evaluate:
+    """What is measured again and again while training: on random numbers of its own, and with rewards that are not counted."""
+    twin = Sampler(recipe, recipe.problem())
+    exact = twin.exact_distribution
 
     def measure(policy: Policy) -> Metrics:
         if exact is not None:
-            return exact.compare(policy)
-        return evaluation.bounds(policy, problem.reward, condition, 256, generator)
+            return dict(exact.compare(policy))
+        generator = torch.Generator().manual_seed(recipe.seed + 1)
+        return dict(evaluation.bounds(policy, twin.problem.reward, recipe.default_condition(), 128, generator))
 
     return measure
 
 
 def _evaluation(run: Run, sampler: Sampler) -> dict[str, object]:
-    ...
+    recipe, policy, reward = sampler.recipe, sampler.problem.policy, sampler.problem.reward
+    generator = torch.Generator().manual_seed(recipe.seed + 2)
+    samples = run.samples() or sampler.sample(recipe.samples)
+    rows = run.metrics()
+    figures: dict[str, object] = {}
+    exact = sampler.exact_distribution
+    if exact is not None:
+        figures |= exact.compare(policy)
+        learned = [row["log_z"] for row in rows if "log_z" in row]
+        if learned:
+            figures["log_z_gap"] = abs(float(learned[-1]) - exact.log_z)
+    figures |= evaluation.bounds(policy, reward, recipe.default_condition(), 2000, generator, exact)
+    figures |= _sample_figures(recipe, samples)
+    if isinstance(policy, EnvironmentPolicy):
+        condition = sampler.condition()
+        if exact is not None:
+            drawn = policy.sample(condition.expand(TEST_OBJECTS, -1), generator=generator)
+            figures |= exact.empirical_total_variation(policy.final_states(drawn), recipe.seed)
+        calls = int(float(rows[-1].get("reward_calls", 0))) if rows else 0
+        baseline = _random_search(sampler, min(calls, BASELINE_LIMIT), generator)
+        figures |= _correlations(sampler, samples, generator)
+        if len(baseline):
+            figures["baseline_calls"] = len(baseline)
+            figures["baseline_top_100_mean_log_reward"] = float(np.sort(baseline)[-100:].mean())
+            figures["baseline_top_100_mean_reward"] = float(np.exp(np.sort(baseline)[-100:]).mean())
+            figures["baseline_log_reward"] = baseline[: len(samples.objects)].tolist()
+    return figures
+
+
+def _sample_figures(recipe: Recipe, samples: Samples) -> dict[str, object]:
+    top = evaluation.best_distinct(samples.log_reward, samples.objects, 100)
+    top_objects = [samples.objects[index] for index in top]
+    return {
+        "samples": len(samples.objects),
+        "distinct_samples": len(set(samples.objects)),
+        "mean_log_reward": float(samples.log_reward.mean()),
+        "top_100_mean_log_reward": float(samples.log_reward[top].mean()),
+        "top_100_mean_reward": float(np.exp(samples.log_reward[top]).mean()),
+        "top_100_diversity": evaluation.diversity(top_objects, lambda a, b: recipe.distance(str(a), str(b))),
+    }
+
+
+def _random_search(sampler: Sampler, calls: int, generator: torch.Generator) -> np.ndarray:
+    """Log-rewards of `calls` distinct-or-not objects built by uniformly random actions: what search without learning finds."""
+    policy, reward = sampler.problem.policy, sampler.problem.reward
+    found = []
+    for start in range(0, calls, 4096):
+        condition = sampler.condition().expand(min(4096, calls - start), -1)
+        drawn = policy.sample(condition, Exploration(epsilon=1.0), generator)
+        found.append(reward(policy.objects(drawn), condition))
+    values = torch.cat(found).double().numpy() if found else np.empty(0)
+    return values[np.isfinite(values)]
+
+
+def _correlations(sampler: Sampler, samples: Samples, generator: torch.Generator) -> dict[str, float]:
+    """Of log-reward and log-probability: over distinct draws of the sampler, and over as many random objects besides."""
+    policy, reward = sampler.problem.policy, sampler.problem.reward
+    assert isinstance(policy, EnvironmentPolicy)
+    first = evaluation.best_distinct(samples.log_reward, samples.objects, TEST_OBJECTS)
+    drawn_reward, drawn_prob = samples.log_reward[first], samples.log_prob[first]
+    condition = sampler.condition().expand(len(first), -1)
+    random = policy.sample(condition, Exploration(epsilon=1.0), generator)
+    random_reward = reward(policy.objects(random), condition).double().numpy()
+    random_prob = evaluation.log_prob_of_states(policy, policy.final_states(random), condition, 10, generator).numpy()
+    known = np.isfinite(random_reward)
+    both = evaluation.correlation(
+        np.concatenate([drawn_reward, random_reward[known]]), np.concatenate([drawn_prob, random_prob[known]])
+    )
+    return {
+        **evaluation.correlation(drawn_reward, drawn_prob),
+        **{f"{name}_with_random_objects": value for name, value in both.items()},
+    }

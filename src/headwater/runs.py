@@ -88,7 +88,7 @@ class Run:
             raise FileExistsError(f"{folder} already holds a run; give another --out, or go on with: headwater resume {folder}")
         folder.mkdir(parents=True, exist_ok=True)
         run = Run(folder)
-        run._write_text("settings.toml", tomli_w.dumps({"recipe": recipe, **settings}))
+        run.write_settings(recipe, settings)
         run.write_json("provenance.json", provenance(command, seed))
         run._write_text("README.md", _README.format(folder=folder, recipe=recipe))
         return run
@@ -99,6 +99,9 @@ class Run:
         if not (folder / "settings.toml").is_file():
             raise FileNotFoundError(f"{folder} holds no run: it has no settings.toml")
         return Run(folder)
+
+    def write_settings(self, recipe: str, settings: dict[str, Setting]) -> None:
+        self._write_text("settings.toml", tomli_w.dumps({"recipe": recipe, **settings}))
 
     @property
     def settings(self) -> dict[str, Setting]:
@@ -145,7 +148,8 @@ class Run:
         return json.loads(path.read_text()) if path.exists() else {}
 
     def write_json(self, name: str, content: Mapping[str, object]) -> None:
-        self._write_text(name, json.dumps(content, indent=2) + "\n")
+        strict = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in content.items()}
+        self._write_text(name, json.dumps(strict, indent=2) + "\n")
 
     def write_samples(self, samples: Samples) -> list[Path]:
         """Write samples.parquet and samples.csv."""

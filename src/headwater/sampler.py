@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from headwater.evaluation import log_prob_of_objects
+from headwater.environments.graph import TooManyStates
+from headwater.evaluation import ExactDistribution, log_prob_of_states
 from headwater.policies import NO_EXPLORATION, EnvironmentPolicy
 from headwater.recipes import Problem, Recipe
 from headwater.runs import Run, Samples
 from headwater.settings import load_recipe
+
+
+ENUMERATION_LIMIT = 200_000
+"""Spaces of up to this many states are compared with their exact distribution."""
 
 
 class Sampler:
@@ -24,6 +30,17 @@ class Sampler:
 
     def __init__(self, recipe: Recipe, problem: Problem) -> None:
         self.recipe, self.problem = recipe, problem
+
+    @cached_property
+    def exact_distribution(self) -> ExactDistribution | None:
+        """The target distribution under the default condition, where the space is small enough to enumerate."""
+        if not isinstance(self.problem.policy, EnvironmentPolicy):
+            return None
+        try:
+            environment = self.problem.policy.environment
+            return ExactDistribution(environment, self.problem.reward, self.recipe.default_condition(), ENUMERATION_LIMIT)
+        except TooManyStates:
+            return None
 
     @staticmethod
     def load(folder: str | Path) -> Sampler:
@@ -46,7 +63,7 @@ class Sampler:
         """Draw `count` objects, with repeats, in proportion to their reward.
 
         condition: C numbers, for a conditional sampler. seed: for the same draws again. walks: backward walks with which each object's
-        log-probability is estimated. Objects whose reward fails are drawn anew, up to a point.
+        log-probability is estimated. Objects whose reward fails are left out.
         """
         if count < 1:
             raise ValueError(f"count = {count}: must be at least 1")
@@ -59,7 +76,7 @@ class Sampler:
         trajectories = trajectories.select(~trajectories.log_reward.isnan())
         if isinstance(policy, EnvironmentPolicy):
             states = policy.final_states(trajectories)
-            log_prob = log_prob_of_objects(policy, states, walks, trajectories.condition, generator)
+            log_prob = log_prob_of_states(policy, states, trajectories.condition, walks, generator)
         else:
             log_prob = trajectories.log_behaviour
         return Samples(

@@ -15,6 +15,8 @@ import tyro
 from headwater.recipes import Recipe, find
 from headwater.runs import Run
 
+INPUTS = "inputs"
+"""Folder of a run in which files that settings name are kept; in settings.toml they stand as inputs/NAME."""
 CONFIG_LIMIT = 1_000_000
 """Largest settings file that is read, in bytes."""
 
@@ -27,7 +29,11 @@ def parse_recipe(name: str, flags: Sequence[str], program: str) -> Recipe:
 
 def load_recipe(run: Run) -> Recipe:
     """The recipe of an existing run, from its settings.toml."""
-    flags = flags_of(run.settings)
+    kept = {
+        name: str(run.folder / value) if isinstance(value, str) and value.startswith(f"{INPUTS}/") else value
+        for name, value in run.settings.items()
+    }
+    flags = flags_of(kept)
     return parse_recipe(run.recipe_name, flags, f"{run.folder / 'settings.toml'}")
 
 

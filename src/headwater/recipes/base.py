@@ -85,10 +85,17 @@ class Recipe(ABC):
         """The report's sections of this domain: the objects drawn as the field draws them."""
         return []
 
-    def distance(self, a: object, b: object) -> float:
-        """How different two objects are: by default the positions in which they differ."""
-        first, second = cast("Sequence[object]", a), cast("Sequence[object]", b)
+    least_distance: ClassVar[float] = 1
+    """Objects in the table of the best and most different ones are at least this far apart."""
+
+    def distance(self, a: str, b: str) -> float:
+        """How different two objects are, given as text: by default the positions in which they differ."""
+        first, second = (value.split() if " " in value else value for value in (a, b))
         return sum(x != y for x, y in zip(first, second, strict=False)) + abs(len(first) - len(second))
+
+    def columns(self, objects: Sequence[str]) -> dict[str, list[object]]:
+        """Further columns of a table of objects (given as text): what a person of the field wants to see of each."""
+        return {}
 
     def settings(self) -> dict[str, Setting]:
         """All settings as plain data, for settings.toml."""

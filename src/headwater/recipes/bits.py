@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 from headwater.environments.base import Environment, Objects
-from headwater.environments.bits import BitReward, BitSequences
+from headwater.environments.bits import BitReward, bit_sequences, hidden_modes
 from headwater.policies import Network
 from headwater.recipes.base import EnvironmentRecipe, listed
 from headwater.reward import Reward
@@ -42,14 +42,14 @@ class BitsRecipe(EnvironmentRecipe):
     """How the search departs from the policy."""
 
     def environment(self) -> Environment:
-        return BitSequences(self.bits, self.word, self.construction)
+        return bit_sequences(self.bits, self.word, self.construction)
 
     def base_reward(self) -> Reward:
-        return BitReward(self.bits, self.reward, self.strength, seed=self.mode_seed)
+        return BitReward(hidden_modes(self.bits, seed=self.mode_seed), self.reward, self.strength)
 
     def __post_init__(self) -> None:
         self.environment()
         self.base_reward()
 
     def text(self, objects: Objects) -> list[str]:
-        return ["".join(map(str, bits)) for bits in listed(objects)]  # type: ignore[call-overload]
+        return ["".join(map(str, bits)) for bits in cast("list[tuple[int, ...]]", listed(objects))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
@@ -11,11 +11,12 @@ from headwater.environments.hypergrid import Hypergrid, HypergridReward
 from headwater.policies.environment_policy import Backward
 from headwater.recipes.base import EnvironmentRecipe
 from headwater.report import Section
-from headwater.report.figures import heat_maps
 from headwater.reward import Reward
 from headwater.runs import Run
-from headwater.sampler import Sampler
 from headwater.training import Training
+
+if TYPE_CHECKING:
+    from headwater.sampler import Sampler
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ class HypergridRecipe(EnvironmentRecipe):
 
     def sections(self, run: Run, sampler: Sampler) -> list[Section]:
         """Learned against true distribution over the first two axes, the others summed out."""
-        exact = sampler.exact_distribution()
+        from headwater.report.figures import heat_maps
+
+        exact = sampler.exact_distribution
         if exact is None or self.dimensions < 2:
             return []
         learned = exact.log_probs(sampler.problem.policy).exp().numpy()
@@ -62,5 +65,6 @@ class HypergridRecipe(EnvironmentRecipe):
         maps = [np.zeros((self.side, self.side)) for _ in range(2)]
         for grid, probability in zip(maps, (learned, exact.probabilities.numpy()), strict=True):
             np.add.at(grid, (cells[:, 0], cells[:, 1]), probability)
-        figure = heat_maps(maps[0], maps[1], "axis 1", "axis 2")
-        return [Section("Learned and true distribution", figure)]
+        title = "Probability over the first two axes" + (", the others summed out" if self.dimensions > 2 else "")
+        figure = heat_maps(maps[0], maps[1], title=title)
+        return [Section("Learned and true distribution", f'<figure class="wide">{figure}</figure>')]

@@ -1,7 +1,7 @@
 """The state graph of an environment that is small enough to enumerate: every state, every step, in topological order.
 
-Exact distributions, partition functions and path counts are sweeps over it (dynamic programming): what is known of all parents of a
-level of states gives the level at once.
+Exact distributions, partition functions and path counts are sweeps over it (dynamic programming): what is known of all
+parents of a level of states gives the level at once.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class StateGraph:
     states:     int32 `[M, width]`; row 0 is the initial state, and every step leads to a later row.
     source, target, action: int64 `[E]`, the steps, exit excepted; sorted by target.
     terminal:   bool `[M]`, the states that may exit.
-    levels:     groups of edges (rows of `source`). In this order a group's sources have met all their own incoming edges in earlier
-                groups, and a state's incoming edges lie in one group; in reverse order the same holds of outgoing edges.
+    levels:     groups of edges (rows of `source`), each holding all edges into some states. All edges into the sources of
+                a group come in earlier groups, and all edges out of its targets in later ones.
     """
 
     states: Tensor
@@ -54,9 +54,10 @@ class StateGraph:
         return [int(count) for count in counts]
 
     def log_path_sums(self, log_weight: Tensor) -> Tensor:
-        """Log of the sum, over all paths from the initial state to each state, of the product of the weights of their edges: float64 `[M]`.
+        """Log of the sum, over all paths from the initial state to each state, of the product of their edges' weights.
 
         log_weight: `[E]`. With log P_F of the steps this is the log-probability of passing through each state.
+        Returns float64 `[M]`.
         """
         log_weight = log_weight.to(torch.float64)
         sums = torch.full((len(self),), -torch.inf, dtype=torch.float64)
@@ -65,14 +66,14 @@ class StateGraph:
             first, last = int(self.target[edges[0]]), int(self.target[edges[-1]])
             into = self.target[edges] - first
             value = sums[self.source[edges]] + log_weight[edges]
-            highest = torch.full((last - first + 1,), -torch.inf, dtype=torch.float64).scatter_reduce(0, into, value, "amax")
-            finite = highest.clamp(min=torch.finfo(torch.float64).min)  # -inf minus -inf would be NaN
-            total = torch.zeros_like(highest).index_add(0, into, (value - finite[into]).exp())
-            sums[first : last + 1] = finite + total.log()
+            lowest = torch.full((last - first + 1,), torch.finfo(torch.float64).min, dtype=torch.float64)
+            highest = lowest.scatter_reduce(0, into, value, "amax")  # finite: -inf minus -inf would be NaN
+            total = torch.zeros_like(highest).index_add(0, into, (value - highest[into]).exp())
+            sums[first : last + 1] = highest + total.log()
         return sums
 
     def rows(self, states: Tensor) -> Tensor:
-        """The row of each of `states` (`[N, width]`): int64 `[N]`. Raises ValueError naming a state that is not in the graph."""
+        """The row of each of `states` (`[N, width]`): int64 `[N]`. Raises ValueError naming a state that is in none."""
         found = self._table.find(states)
         if (found < 0).any():
             missing = tuple(states[found < 0][0].tolist())
@@ -89,7 +90,8 @@ class StateGraph:
 def enumerate_states(environment: Environment, limit: int = 1_000_000) -> StateGraph:
     """All states that can be reached from the initial state, breadth first, and all steps between them.
 
-    Raises TooManyStates, a ValueError, if there are more than `limit` states, and ValueError, naming a state on it, for a cycle.
+    Raises TooManyStates, a ValueError, if there are more than `limit` states, and ValueError for a cycle, naming a state
+    on it.
     """
     table = _Table(environment.width)
     table.add(environment.initial(1), limit)
@@ -144,8 +146,8 @@ def _in_topological_order(
     source, target = row[source], row[target]
     by_target = target.argsort(stable=True)
     source, target, action = source[by_target], target[by_target], action[by_target]
-    sizes = torch.bincount(depth[order][target])[1:].tolist()  # every state but the initial one has a parent just above it
-    levels = list(torch.arange(len(source)).split(sizes)) if sizes else []
+    sizes = torch.bincount(depth[order][target])[1:].tolist()  # the initial state has no edges in
+    levels = list(torch.split_with_sizes(torch.arange(len(source)), sizes)) if sizes else []
     return StateGraph(states[order], source, target, action, terminal[order], levels)
 
 

@@ -17,6 +17,7 @@ from headwater.sequences.data import (
     write_fasta,
 )
 from headwater.sequences.diversity import distinct, edit_distances, mean_pairwise_distance
+from headwater.environments.checker import check_environment
 from headwater.sequences.environment import InverseFolding, pair_table
 from headwater.sequences.reward import BindingReward, InverseFoldingReward, best_duplex, viennarna
 
@@ -203,7 +204,6 @@ def test_inverse_folding_builds_each_compatible_sequence_once() -> None:
     finished = all_finished(environment)
     sequences = list(environment.objects(finished))
     assert len(sequences) == len(set(sequences)) == 4**5 * 6**2
-    assert len(sequences) == round(np.exp(environment.log_object_count))
     assert torch.equal(environment.states(sequences), finished)
     canonical = {"AU", "UA", "GC", "CG", "GU", "UG"}
     assert all({s[0] + s[7], s[2] + s[6]} <= canonical and len(s) == 9 for s in map(str, sequences))
@@ -223,31 +223,10 @@ def test_inverse_folding_ends_only_when_every_slot_is_filled() -> None:
         environment.objects(environment.initial(1))
 
 
-def test_inverse_folding_native_rules_agree_with_the_tensor_rules() -> None:
-    environment = InverseFolding("(.(...)).")
-    native, states = environment.native, environment.initial(8)
-    assert native is not None
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(environment.width + 1):
-        mask = environment.forward_mask(states)
-        for state, row, back in zip(states, mask, environment.backward_mask(states), strict=True):
-            out, out_back = np.ones(environment.n_actions, dtype=bool), np.ones(1, dtype=bool)
-            native.forward_mask(state.numpy(), native.constants, out)
-            native.backward_mask(state.numpy(), native.constants, out_back)
-            assert out.tolist() == row.tolist()
-            assert out_back.tolist() == back.tolist()
-        if mask[0, environment.exit_action]:
-            break
-        actions = torch.multinomial(mask.double(), 1, generator=generator)[:, 0]
-        following = environment.step(states, actions)
-        for state, action, expected in zip(states, actions, following, strict=True):
-            moved = state.numpy().copy()
-            native.step(moved, int(action), native.constants)
-            assert moved.tolist() == expected.tolist()
-            assert native.backward_step(moved, 0, native.constants) == int(action)
-            assert moved.tolist() == state.tolist()
-        states = following
-    assert (states > 0).all()
+def test_inverse_folding_passes_the_checker_and_counts_its_sequences() -> None:
+    report = check_environment(InverseFolding("(.(...))"))
+    assert report.ok, str(report)
+    assert report.n_objects == report.n_trajectories == 4**4 * 6**2
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from headwater import __version__
+from headwater import __version__, jobs
 from headwater.recipes import EnvironmentRecipe, available, find
+from headwater.runs import Run
+from headwater.settings import load_recipe, parse_recipe, read_config
 
 _DESCRIPTION = """Learn to draw many different good answers, in proportion to how good they are.
 
@@ -98,9 +100,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from headwater import jobs
-    from headwater.settings import parse_recipe, read_config
-
     named, flags = read_config(options.config) if options.config else (None, [])
     if options.recipe and options.recipe.startswith("-"):
         raise ValueError("name a recipe first: headwater train RECIPE [settings]")
@@ -117,8 +116,6 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _resume(options: argparse.Namespace) -> int:
-    from headwater import jobs
-
     trainer = jobs.resume(options.folder, progress_bar=not options.quiet)
     return _ended(trainer.interrupted, options.folder)
 
@@ -127,29 +124,62 @@ def _ended(interrupted: bool, folder: Path) -> int:
     if interrupted:
         print(f"\nStopped with a checkpoint. Go on with: headwater resume {folder}", file=sys.stderr)
         return 130
-    print(f"run folder: {folder}\nreport: {(folder / 'report.html').resolve()}")
+    print(_table(folder))
+    print("\n".join(_headline(Run.open(folder))))
+    print(f"run folder: {folder}\nreport:     {(folder / 'report.html').resolve()}")
     return 0
 
 
-def _sample(options: argparse.Namespace) -> int:
-    from headwater import jobs
+def _table(folder: Path, count: int = 12) -> str:
+    """The best and most different samples of a run, as text."""
+    run = Run.open(folder)
+    samples, recipe = run.samples(), load_recipe(run)
+    if samples is None:
+        return ""
+    chosen = recipe.best(samples, count)
+    columns = {
+        "object": [samples.objects[i] if len(samples.objects[i]) <= 60 else samples.objects[i][:57] + "..." for i in chosen],
+        "log reward": [f"{samples.log_reward[i]:.3f}" for i in chosen],
+        "log prob": [f"{samples.log_prob[i]:.3f}" for i in chosen],
+        **{name: [str(values[i]) for i in chosen] for name, values in samples.extra.items()},
+    }
+    widths = [max(len(name), *map(len, values)) for name, values in columns.items()]
+    rows = [list(columns), ["-" * width for width in widths], *map(list, zip(*columns.values(), strict=True))]
+    lines = ["  ".join(value.ljust(width) for value, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(["", f"The best of {len(samples.objects)} draws that differ by at least {recipe.least_distance:g}:", *lines, ""])
 
+
+def _headline(run: Run) -> list[str]:
+    """How good the sampler is, in a line or two."""
+    figures = run.evaluation()
+
+    def show(text: str, *names: str) -> list[str]:
+        values = [figures.get(name) for name in names]
+        return [text.format(*values)] if all(isinstance(value, (int, float)) for value in values) else []
+
+    return [
+        *show("total variation from the exact distribution: {:.4f}", "total_variation"),
+        *show("Pearson correlation of log-reward and log-probability: {:.3f}", "pearson"),
+        *show(
+            "mean log-reward of the top 100: {:.3f}; of random search with {:,} reward calls: {:.3f}",
+            "top_100_mean_log_reward", "baseline_calls", "baseline_top_100_mean_log_reward",
+        ),
+    ]  # fmt: skip
+
+
+def _sample(options: argparse.Namespace) -> int:
     for path in jobs.sample(options.folder, options.count, options.condition, options.seed):
         print(path)
     return 0
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from headwater import jobs
-
     figures = jobs.evaluate(options.folder)
     print(json.dumps({name: value for name, value in figures.items() if not isinstance(value, list)}, indent=2))
     return 0
 
 
 def _report(options: argparse.Namespace) -> int:
-    from headwater import jobs
-
     print(jobs.report(options.folder).resolve())
     return 0
 

@@ -170,9 +170,9 @@ def correlation(log_reward: NDArray[np.float64], log_prob: NDArray[np.float64]) 
     return {"pearson": pearson(log_reward, log_prob), "spearman": pearson(ranks(log_reward), ranks(log_prob))}
 
 
-def best_distinct(log_reward: NDArray[np.float64], objects: Sequence[object], count: int) -> list[int]:
+def best_distinct(log_reward: NDArray[np.float64], objects: Sequence[str], count: int) -> list[int]:
     """Indices of the `count` best distinct objects, best first."""
-    chosen: dict[object, int] = {}
+    chosen: dict[str, int] = {}
     for index in np.argsort(-log_reward, kind="stable"):
         chosen.setdefault(objects[index], int(index))
         if len(chosen) == count:
@@ -181,10 +181,10 @@ def best_distinct(log_reward: NDArray[np.float64], objects: Sequence[object], co
 
 
 def best_and_different(
-    objects: Sequence[object],
+    objects: Sequence[str],
     log_reward: NDArray[np.float64],
     count: int,
-    distance: Callable[[object, object], float],
+    distance: Callable[[str, str], float],
     least: float,
     pool: int = 1000,
 ) -> list[int]:
@@ -200,7 +200,7 @@ def best_and_different(
     return chosen
 
 
-def diversity(objects: Sequence[object], distance: Callable[[object, object], float]) -> float:
+def diversity(objects: Sequence[str], distance: Callable[[str, str], float]) -> float:
     """Mean distance over all pairs of objects; NaN for fewer than two."""
     distances = [distance(a, b) for index, a in enumerate(objects) for b in objects[:index]]
     return float(np.mean(distances)) if distances else math.nan

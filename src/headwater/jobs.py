@@ -63,13 +63,6 @@ def report(folder: Path) -> Path:
     return write_report(run, sampler.recipe.sections(run, sampler), defaults)
 
 
-def best(recipe: Recipe, samples: Samples, count: int) -> list[int]:
-    """Indices of the best and most different samples."""
-    return evaluation.best_and_different(
-        samples.objects, samples.log_reward, count, lambda a, b: recipe.distance(str(a), str(b)), recipe.least_distance
-    )
-
-
 def _train(recipe: Recipe, run: Run, progress_bar: bool) -> Trainer:
     torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
@@ -136,14 +129,10 @@ def _evaluation(run: Run, sampler: Sampler) -> dict[str, object]:
         if exact is not None:
             drawn = policy.sample(condition.expand(TEST_OBJECTS, -1), generator=generator)
             figures |= exact.empirical_total_variation(policy.final_states(drawn), recipe.seed)
-        calls = int(float(rows[-1].get("reward_calls", 0))) if rows else 0
-        baseline = _random_search(sampler, min(calls, BASELINE_LIMIT), generator)
         figures |= _correlations(sampler, samples, generator)
-        if len(baseline):
-            figures["baseline_calls"] = len(baseline)
-            figures["baseline_top_100_mean_log_reward"] = float(np.sort(baseline)[-100:].mean())
-            figures["baseline_top_100_mean_reward"] = float(np.exp(np.sort(baseline)[-100:]).mean())
-            figures["baseline_log_reward"] = baseline[: len(samples.objects)].tolist()
+        calls = int(float(rows[-1].get("reward_calls", 0))) if rows else 0
+        if exact is None and calls:
+            figures |= _random_search(sampler, min(calls, BASELINE_LIMIT), generator)
     return figures
 
 
@@ -156,20 +145,31 @@ def _sample_figures(recipe: Recipe, samples: Samples) -> dict[str, object]:
         "mean_log_reward": float(samples.log_reward.mean()),
         "top_100_mean_log_reward": float(samples.log_reward[top].mean()),
         "top_100_mean_reward": float(np.exp(samples.log_reward[top]).mean()),
-        "top_100_diversity": evaluation.diversity(top_objects, lambda a, b: recipe.distance(str(a), str(b))),
+        "top_100_diversity": evaluation.diversity(top_objects, recipe.distance),
     }
 
 
-def _random_search(sampler: Sampler, calls: int, generator: torch.Generator) -> np.ndarray:
-    """Log-rewards of `calls` distinct-or-not objects built by uniformly random actions: what search without learning finds."""
+def _random_search(sampler: Sampler, calls: int, generator: torch.Generator) -> dict[str, object]:
+    """What search without learning finds with as many reward calls: objects built by uniformly random actions."""
     policy, reward = sampler.problem.policy, sampler.problem.reward
-    found = []
-    for start in range(0, calls, 4096):
-        condition = sampler.condition().expand(min(4096, calls - start), -1)
+    found: dict[int, float] = {}
+    while len(found) < calls:
+        condition = sampler.condition().expand(min(4096, calls - len(found)), -1)
         drawn = policy.sample(condition, Exploration(epsilon=1.0), generator)
-        found.append(reward(policy.objects(drawn), condition))
-    values = torch.cat(found).double().numpy() if found else np.empty(0)
-    return values[np.isfinite(values)]
+        values = reward(policy.objects(drawn), condition)
+        before = len(found)
+        found |= dict(zip(drawn.identity.tolist(), values.tolist(), strict=True))
+        if len(found) == before:  # every object has been met
+            break
+    values = np.array(list(found.values()))
+    values = values[np.isfinite(values)]
+    best = np.sort(values)[-100:]
+    return {
+        "baseline_calls": len(found),
+        "baseline_top_100_mean_log_reward": float(best.mean()),
+        "baseline_top_100_mean_reward": float(np.exp(best).mean()),
+        "baseline_log_reward": values[:1000].tolist(),
+    }
 
 
 def _correlations(sampler: Sampler, samples: Samples, generator: torch.Generator) -> dict[str, float]:

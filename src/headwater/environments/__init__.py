@@ -2,15 +2,19 @@
 
 from headwater.environments.base import Dense, Environment, Native, Objects, Tokens
 from headwater.environments.bits import BitReward, bit_sequences
+from headwater.environments.checker import CheckReport, check_environment
 from headwater.environments.hypergrid import Hypergrid, HypergridReward
 from headwater.environments.sequences import Sequences
 from headwater.environments.sets import Sets
 from headwater.environments.slots import Slots
+from headwater.environments.watched import Fault
 
 __all__ = [
     "BitReward",
+    "CheckReport",
     "Dense",
     "Environment",
+    "Fault",
     "Hypergrid",
     "HypergridReward",
     "Native",
@@ -20,4 +24,5 @@ __all__ = [
     "Slots",
     "Tokens",
     "bit_sequences",
+    "check_environment",
 ]

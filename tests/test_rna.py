@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from headwater.environments.checker import check_environment
 from headwater.sequences.data import (
     LARGEST_FILE,
     FastaError,
@@ -17,7 +18,6 @@ from headwater.sequences.data import (
     write_fasta,
 )
 from headwater.sequences.diversity import distinct, edit_distances, mean_pairwise_distance
-from headwater.environments.checker import check_environment
 from headwater.sequences.environment import InverseFolding, pair_table
 from headwater.sequences.reward import BindingReward, InverseFoldingReward, best_duplex, viennarna
 

@@ -10,7 +10,9 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """`headwater.Sampler`, imported when it is first asked for: reward workers import this package too, and must start fast."""
+    """`headwater.Sampler`, imported when it is first asked for: reward workers import this package too, and must
+    start fast.
+    """
     if name == "Sampler":
         from headwater.sampler import Sampler
 

@@ -1,4 +1,6 @@
-"""The command line: one verb a thing that a person does. Exit status 0 done, 2 wrong usage or bad input, 1 failed, 130 interrupted."""
+"""The command line: one verb a thing that a person does. Exit status 0 done, 2 wrong usage or bad input, 1 failed,
+130 interrupted.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,10 @@ def _shield_help(arguments: list[str]) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="headwater", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="headwater",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"headwater {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
@@ -75,13 +80,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--config", type=Path, help="a TOML file of settings; flags override it")
     train.add_argument("--quiet", action="store_true", help="no progress bar")
 
-    sample = verb("sample", _sample, "Draw from a trained sampler into its run folder (Parquet, CSV, and the field's own formats).")
+    sample = verb(
+        "sample",
+        _sample,
+        "Draw from a trained sampler into its run folder (Parquet, CSV, and the field's own formats).",
+    )
     sample.add_argument("folder", type=Path, help="the run folder")
     sample.add_argument("--count", type=_positive, default=1000, help="how many objects (default 1000)")
     sample.add_argument("--condition", type=float, nargs="+", help="the condition's numbers, for a conditional sampler")
     sample.add_argument("--seed", type=int, help="seed of the draws; default the run's own")
 
-    evaluate = verb("evaluate", _evaluate, "Measure how good a trained sampler is; writes evaluation.json and prints it.")
+    evaluate = verb(
+        "evaluate", _evaluate, "Measure how good a trained sampler is; writes evaluation.json and prints it."
+    )
     evaluate.add_argument("folder", type=Path, help="the run folder")
 
     resume = verb("resume", _resume, "Go on with an interrupted run from its newest checkpoint.")
@@ -91,8 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     report = verb("report", _report, "Write the HTML report of a run anew.")
     report.add_argument("folder", type=Path, help="the run folder")
 
-    check = verb("check", _check, "Check an environment: masks, inverses, reachability, cycles, counts, batch-invariance.")
-    check.add_argument("environment", help="a recipe's name, or your own environment as module:Class or module:function")
+    check = verb(
+        "check", _check, "Check an environment: masks, inverses, reachability, cycles, counts, batch-invariance."
+    )
+    check.add_argument(
+        "environment", help="a recipe's name, or your own environment as module:Class or module:function"
+    )
     check.add_argument("--seed", type=int, default=0, help="seed of the random walks (default 0)")
 
     verb("list", _list, "List the recipes that can be trained.")
@@ -138,7 +153,9 @@ def _table(folder: Path, count: int = 12) -> str:
         return ""
     chosen = recipe.best(samples, count)
     columns = {
-        "object": [samples.objects[i] if len(samples.objects[i]) <= 60 else samples.objects[i][:57] + "..." for i in chosen],
+        "object": [
+            samples.objects[i] if len(samples.objects[i]) <= 60 else samples.objects[i][:57] + "..." for i in chosen
+        ],
         "log reward": [f"{samples.log_reward[i]:.3f}" for i in chosen],
         "log prob": [f"{samples.log_prob[i]:.3f}" for i in chosen],
         **{name: [str(values[i]) for i in chosen] for name, values in samples.extra.items()},
@@ -146,7 +163,9 @@ def _table(folder: Path, count: int = 12) -> str:
     widths = [max(len(name), *map(len, values)) for name, values in columns.items()]
     rows = [list(columns), ["-" * width for width in widths], *map(list, zip(*columns.values(), strict=True))]
     lines = ["  ".join(value.ljust(width) for value, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(["", f"The best of {len(samples.objects)} draws that differ by at least {recipe.least_distance:g}:", *lines, ""])
+    return "\n".join(
+        ["", f"The best of {len(samples.objects)} draws that differ by at least {recipe.least_distance:g}:", *lines, ""]
+    )
 
 
 def _headline(run: Run) -> list[str]:
@@ -201,7 +220,9 @@ def _check(options: argparse.Namespace) -> int:
             raise ValueError(f"recipe {options.environment!r} has no discrete environment to check")
         environment = recipe.environment()
     if not isinstance(environment, Environment):
-        raise ValueError(f"{options.environment}: makes a {type(environment).__name__}, not a headwater.environments.Environment")
+        raise ValueError(
+            f"{options.environment}: makes a {type(environment).__name__}, not a headwater.environments.Environment"
+        )
     report = check_environment(environment, seed=options.seed)
     print(report)
     return 0 if report.ok else 1

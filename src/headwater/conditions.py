@@ -33,7 +33,9 @@ class NoCondition:
 
 @dataclass(frozen=True)
 class InverseTemperature:
-    """One column beta, uniform between `low` and `high`: one sampler for R(x)^beta at every beta. Goes with `TemperedReward`."""
+    """One column beta, uniform between `low` and `high`: one sampler for R(x)^beta at every beta. Goes with
+    `TemperedReward`.
+    """
 
     low: float
     high: float

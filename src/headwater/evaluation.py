@@ -1,7 +1,8 @@
 """How good a sampler is: its exact distribution where the space is small, bounds and correlations everywhere.
 
-Log-weights of trajectories, log w = log R + log P_B - log P_F, carry most of it: their mean under the sampler is a lower bound on log Z
-(ELBO), their mean under the target an upper bound (EUBO), and both meet at log Z when the sampler is right.
+Log-weights of trajectories, log w = log R + log P_B - log P_F, carry most of it: their mean under the sampler is a
+lower bound on log Z (ELBO), their mean under the target an upper bound (EUBO), and both meet at log Z when the sampler
+is right.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class ExactDistribution:
         asked = self.condition.expand(len(self.states), -1)
         parts = [
             reward(environment.objects(states), rows)
-            for states, rows in zip(self.states.split(_CHUNK), asked.split(_CHUNK), strict=True)
+            for states, rows in zip(torch.split(self.states, _CHUNK), torch.split(asked, _CHUNK), strict=True)
         ]
         self.log_reward = torch.cat(parts).double()
         if self.log_reward.isnan().any():
@@ -50,19 +51,15 @@ class ExactDistribution:
         self.probabilities = (self.log_reward - self.log_z).exp()
 
     def log_probs(self, policy: Policy) -> Tensor:
-        """Log-probability of every object under the sampler, by dynamic programming over all states: float64 `[objects]`."""
+        """Log-probability of every object under the sampler, by dynamic programming over all states: float64
+        `[objects]`.
+        """
+        network = _environment_policy(policy)
         with torch.no_grad():
-            chunks = [
-                _environment_policy(policy).action_log_probs(part, self.condition)
-                for part in self.graph.states.split(_CHUNK)
-            ]
-        log_probs = torch.cat(chunks).double()
-        reached = torch.zeros(len(self.graph.states), dtype=torch.float64)
-        reached[0] = 1.0
-        step = log_probs[self.graph.source, self.graph.action].exp()
-        for level in self.graph.levels:
-            reached.index_add_(0, self.graph.target[level], reached[self.graph.source[level]] * step[level])
-        return (reached.log() + log_probs[:, -1])[self.graph.terminal]
+            parts = [network.action_log_probs(part, self.condition) for part in torch.split(self.graph.states, _CHUNK)]
+        log_probs = torch.cat(parts).double()
+        reached = self.graph.log_path_sums(log_probs[self.graph.source, self.graph.action])
+        return (reached + log_probs[:, -1])[self.graph.terminal]
 
     def compare(self, policy: Policy) -> dict[str, float]:
         """total_variation (half the summed difference of all probabilities), jensen_shannon (nats) and log_z_exact."""
@@ -82,8 +79,8 @@ class ExactDistribution:
         return self.states[torch.searchsorted(cumulative, uniform).clamp(max=len(self.states) - 1)]
 
     def empirical_total_variation(self, states: Tensor, seed: int = 0) -> dict[str, float]:
-        """Total variation of a sample of final states from the target, with its floor: what a perfect sampler would show with as many
-        draws."""
+        """Total variation of a sample of final states from the target, with its floor: what a perfect sampler would
+        show with as many draws."""
         drawn = torch.cat([self.states, states])
         groups = torch.unique(drawn, dim=0, return_inverse=True)[1]
         counts = torch.bincount(groups[len(self.states) :], minlength=len(self.states)).double()[
@@ -113,10 +110,11 @@ def bounds(
 ) -> dict[str, float]:
     """Bounds on log Z from `count` draws, under one condition row.
 
-    elbo: the mean log-weight of the sampler's own trajectories, at most log Z. log_z_estimate: importance-sampled log Z, with the half
-    width of its 95 % interval. effective_sample_size: as a share of the draws, 0 to 1. eubo: the mean log-weight under the target, at
-    least log Z: from exact draws where `exact` is given, else self-normalised from the sampler's own, which is biased downward where
-    the sampler misses modes.
+    elbo: the mean log-weight of the sampler's own trajectories, at most log Z. log_z_estimate: importance-sampled log
+    Z, with the half width of its 95 % interval. effective_sample_size: as a share of the draws, 0 to 1. eubo: the mean
+    log-weight under the target, at
+    least log Z: from exact draws where `exact` is given, else self-normalised from the sampler's own, which is biased
+    downward where the sampler misses modes.
     """
     asked = (torch.empty(1, 0) if condition is None else condition).expand(count, -1)
     drawn = policy.sample(asked, NO_EXPLORATION, generator)
@@ -145,14 +143,15 @@ def log_prob_of_states(
 ) -> Tensor:
     """Log-probability of given final states `[N, width]` under the sampler, with conditions `[N, C]`: float64 `[N]`.
 
-    log of the mean over `walks` backward walks of P_F / P_B; exact where an object has one trajectory, which then is walked once.
+    log of the mean over `walks` backward walks of P_F / P_B; exact where an object has one trajectory, which then is
+    walked once.
     """
     environment_policy = _environment_policy(policy)
     if environment_policy.environment.n_backward_actions == 1:
         walks = 1
     estimates = []
     with torch.no_grad():
-        for part, rows in zip(states.split(1024), condition.split(1024), strict=True):
+        for part, rows in zip(torch.split(states, 1024), torch.split(condition, 1024), strict=True):
             walked = environment_policy.sample_to(part.repeat(walks, 1), rows.repeat(walks, 1), generator)
             forward = walked.sum(environment_policy.log_probs(walked).forward.double())
             ratios = (forward - walked.log_behaviour.double()).view(walks, len(part))
@@ -193,7 +192,8 @@ def best_and_different(
     least: float,
     pool: int = 1000,
 ) -> list[int]:
-    """Indices of at most `count` objects among the `pool` best, best first, each at least `least` away from every better one chosen.
+    """Indices of at most `count` objects among the `pool` best, best first, each at least `least` away from every
+    better one chosen.
 
     With a threshold on the reward these are its modes."""
     chosen: list[int] = []

@@ -26,7 +26,9 @@ TEST_OBJECTS = 1000
 
 
 def train(recipe: Recipe, name: str, folder: Path, command: Sequence[str] = (), progress_bar: bool = True) -> Trainer:
-    """Train a new run in `folder`, then draw samples, evaluate and write the report. Files that settings name are copied into it."""
+    """Train a new run in `folder`, then draw samples, evaluate and write the report. Files that settings name are
+    copied into it.
+    """
     run = Run.create(folder, name, recipe.settings(), list(command), recipe.seed)
     return _train(_keep_inputs(recipe, run, name), run, progress_bar)
 
@@ -97,7 +99,9 @@ def _keep_inputs(recipe: Recipe, run: Run, name: str) -> Recipe:
 
 
 def _quick_evaluation(recipe: Recipe) -> Evaluate:
-    """What is measured again and again while training: on random numbers of its own, and with rewards that are not counted."""
+    """What is measured again and again while training: on random numbers of its own, and with rewards that are not
+    counted.
+    """
     twin = Sampler(recipe, recipe.problem())
     exact = twin.exact_distribution
 
@@ -161,19 +165,21 @@ def _random_search(sampler: Sampler, calls: int, generator: torch.Generator) -> 
         found |= dict(zip(drawn.identity.tolist(), values.tolist(), strict=True))
         if len(found) == before:  # every object has been met
             break
-    values = np.array(list(found.values()))
-    values = values[np.isfinite(values)]
-    best = np.sort(values)[-100:]
+    scores = np.array(list(found.values()))
+    scores = scores[np.isfinite(scores)]
+    best = np.sort(scores)[-100:]
     return {
         "baseline_calls": len(found),
         "baseline_top_100_mean_log_reward": float(best.mean()),
         "baseline_top_100_mean_reward": float(np.exp(best).mean()),
-        "baseline_log_reward": values[:1000].tolist(),
+        "baseline_log_reward": scores[:1000].tolist(),
     }
 
 
 def _correlations(sampler: Sampler, samples: Samples, generator: torch.Generator) -> dict[str, float]:
-    """Of log-reward and log-probability: over distinct draws of the sampler, and over as many random objects besides."""
+    """Of log-reward and log-probability: over distinct draws of the sampler, and over as many random objects
+    besides.
+    """
     policy, reward = sampler.problem.policy, sampler.problem.reward
     assert isinstance(policy, EnvironmentPolicy)
     first = evaluation.best_distinct(samples.log_reward, samples.objects, TEST_OBJECTS)

@@ -1,17 +1,17 @@
 """Objectives: residuals of balance along trajectories, and the losses made of them. Pure functions of per-step tensors.
 
-With u the log-ratio of the forward and the reference path measure, every residual here says by how much the flow into some stretch of a
-trajectory differs from the flow out of it. Nothing in this file knows what is being built.
+With u the log-ratio of the forward and the reference path measure, every residual here says by how much the flow into
+some stretch of a trajectory differs from the flow out of it. Nothing in this file knows what is being built.
 
 | name | residual | source |
 |---|---|---|
-| tb | log Z + sum_t (log P_F - log P_B) - log R | Malkin et al. 2022, arXiv 2201.13259; relative TB (arXiv 2405.20971) with a prior as P_B |
+| tb | log Z + sum_t (log P_F - log P_B) - log R | arXiv 2201.13259; with a prior as P_B, relative TB: 2405.20971 |
 | vargrad | the same, its mean over equal conditions in the place of -log Z | Zhang et al. 2023, arXiv 2302.05446 |
 | db | log F(s) + log P_F - log P_B - log F(s') | Bengio et al. 2023, arXiv 2111.09266 |
-| mdb | the same, with F(s) = R(s) / P_F(exit, s) for states that may all exit | Deleu et al. 2022, arXiv 2202.13903 |
-| subtb | log F(s_i) + sum_ij (log P_F - log P_B) - log F(s_j), each pair i < j weighted by lambda^(j-i) | Madan et al. 2023, arXiv 2209.12782 |
+| mdb | the same, with F(s) = R(s) / P_F(exit, s) where all states may exit | Deleu et al. 2022, arXiv 2202.13903 |
+| subtb | log F(s_i) + sum_ij (log P_F - log P_B) - log F(s_j), weighted by lambda^(j-i) | arXiv 2209.12782 |
 | fldb, flsubtb | db and subtb with F(s) = R(s) F~(s) | Pan et al. 2023, arXiv 2302.01687 |
-| mle | none: -sum_t log P_F of given trajectories | maximum likelihood through sampled backward trajectories, arXiv 2209.02606 |
+| mle | none: -sum_t log P_F, on backward trajectories sampled from given objects | arXiv 2209.02606 |
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ STEP_REWARD = "log_reward"
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss by name.
-
-    name: which balance to ask for. penalty: what a residual costs: squared; huber, linear beyond `delta`; log-cosh.
-    subtb_lambda: the weight of a stretch of k steps is lambda^k (0 < lambda; 1 weighs all alike, small values approach detailed balance).
-    """
+    """A loss by name."""
 
     name: Name = "tb"
+    """Which balance to ask for."""
     penalty: Penalty = "squared"
+    """What a residual costs: squared; huber, linear beyond delta; log-cosh."""
     delta: float = 1.0
+    """Where huber turns linear."""
     subtb_lambda: float = 0.9
+    """A stretch of k steps weighs lambda^k in subtb: 1 weighs all alike, small values approach detailed balance."""
 
     def __post_init__(self) -> None:
         if self.name not in get_args(Name):
@@ -99,7 +99,9 @@ def trajectory_residual(log_probs: LogProbs, batch: Trajectories) -> Tensor:
 
 
 def variance_residual(log_probs: LogProbs, batch: Trajectories) -> Tensor:
-    """The residual about the mean of its group of equal condition, `[T]`: log Z cancels. Groups of one teach nothing."""
+    """The residual about the mean of its group of equal condition, `[T]`: log Z cancels. Groups of one teach
+    nothing.
+    """
     ratio = path_log_ratio(log_probs, batch) - batch.log_reward
     return ratio - _group_mean(ratio, batch.group)
 
@@ -112,7 +114,9 @@ def step_residual(log_probs: LogProbs, batch: Trajectories, forward_looking: boo
 
 
 def modified_step_residual(log_probs: LogProbs, batch: Trajectories) -> Tensor:
-    """The modified detailed-balance residual, `[S]`, zero at exit steps: every state may exit, and its flow is its own."""
+    """The modified detailed-balance residual, `[S]`, zero at exit steps: every state may exit, and its flow is its
+    own.
+    """
     if log_probs.log_exit is None:
         raise ValueError("modified detailed balance needs a policy in whose every state exit is an action")
     flow = batch.steps[STEP_REWARD] - log_probs.log_exit
@@ -125,8 +129,8 @@ def subtrajectory_residuals(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Residuals of every stretch i < j of every trajectory of n steps, n (n + 1) / 2 each.
 
-    With c the running sum of log P_F - log P_B and v_i = log F(s_i) - c_i, the residual of a stretch is v_i - v_j: no sum is done twice.
-    Returns residuals `[P]`, stretch lengths `[P]` and the trajectory of each `[P]`.
+    With c the running sum of log P_F - log P_B and v_i = log F(s_i) - c_i, the residual of a stretch is v_i - v_j: no
+    sum is done twice. Returns residuals `[P]`, stretch lengths `[P]` and the trajectory of each `[P]`.
     """
     flow = _flow(log_probs, batch, forward_looking)
     ratio = (log_probs.forward - log_probs.backward).float()

@@ -48,7 +48,8 @@ CHECKPOINTS_KEPT = 2
 class Samples:
     """N drawn objects, as text.
 
-    objects: N strings. log_reward: `[N]`. log_prob: `[N]`, the estimated log-probability of each object under the sampler.
+    objects: N strings. log_reward: `[N]`. log_prob: `[N]`, the estimated log-probability of each object under the
+    sampler.
     extra: further columns of N values each.
     """
 
@@ -85,7 +86,9 @@ class Run:
     def create(folder: Path, recipe: str, settings: dict[str, Setting], command: list[str], seed: int) -> Run:
         """Make the folder with its settings and provenance. Raises FileExistsError if it holds a run already."""
         if (folder / "settings.toml").exists():
-            raise FileExistsError(f"{folder} already holds a run; give another --out, or go on with: headwater resume {folder}")
+            raise FileExistsError(
+                f"{folder} already holds a run; give another --out, or go on with: headwater resume {folder}"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         run = Run(folder)
         run.write_settings(recipe, settings)
@@ -148,7 +151,10 @@ class Run:
         return json.loads(path.read_text()) if path.exists() else {}
 
     def write_json(self, name: str, content: Mapping[str, object]) -> None:
-        strict = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in content.items()}
+        strict = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in content.items()
+        }
         self._write_text(name, json.dumps(strict, indent=2) + "\n")
 
     def write_samples(self, samples: Samples) -> list[Path]:
@@ -225,7 +231,9 @@ class Run:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; it takes `path`'s place when the block ends well, and vanishes otherwise."""
+    """Yield a path beside `path` to write to; it takes `path`'s place when the block ends well, and vanishes
+    otherwise.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial

@@ -16,7 +16,6 @@ from headwater.recipes import Problem, Recipe
 from headwater.runs import Run, Samples
 from headwater.settings import load_recipe
 
-
 ENUMERATION_LIMIT = 200_000
 """Spaces of up to this many states are compared with their exact distribution."""
 
@@ -38,13 +37,17 @@ class Sampler:
             return None
         try:
             environment = self.problem.policy.environment
-            return ExactDistribution(environment, self.problem.reward, self.recipe.default_condition(), ENUMERATION_LIMIT)
+            return ExactDistribution(
+                environment, self.problem.reward, self.recipe.default_condition(), ENUMERATION_LIMIT
+            )
         except TooManyStates:
             return None
 
     @staticmethod
     def load(folder: str | Path) -> Sampler:
-        """Load the newest checkpoint of a run. Raises FileNotFoundError or ValueError naming what is missing or broken."""
+        """Load the newest checkpoint of a run. Raises FileNotFoundError or ValueError naming what is missing or
+        broken.
+        """
         run = Run.open(Path(folder))
         recipe = load_recipe(run)
         checkpoint = run.latest_checkpoint()
@@ -59,11 +62,13 @@ class Sampler:
         problem.policy.requires_grad_(False)
         return Sampler(recipe, problem)
 
-    def sample(self, count: int, condition: Sequence[float] | None = None, seed: int | None = None, walks: int = 10) -> Samples:
+    def sample(
+        self, count: int, condition: Sequence[float] | None = None, seed: int | None = None, walks: int = 10
+    ) -> Samples:
         """Draw `count` objects, with repeats, in proportion to their reward.
 
-        condition: C numbers, for a conditional sampler. seed: for the same draws again. walks: backward walks with which each object's
-        log-probability is estimated. Objects whose reward fails are left out.
+        condition: C numbers, for a conditional sampler. seed: for the same draws again. walks: backward walks with
+        which each object's log-probability is estimated. Objects whose reward fails are left out.
         """
         if count < 1:
             raise ValueError(f"count = {count}: must be at least 1")

@@ -1,6 +1,7 @@
 """Settings from flags and TOML files: both are read by one parser against one typed schema, the recipe's dataclass.
 
-A TOML file is turned into the flags it stands for and goes before the command line's own, so a flag overrides the file and every mistake
+A TOML file is turned into the flags it stands for and goes before the command line's own, so a flag overrides the file
+and every mistake
 is reported the same way: by the setting's name, with what is legal.
 """
 
@@ -22,7 +23,9 @@ CONFIG_LIMIT = 1_000_000
 
 
 def parse_recipe(name: str, flags: Sequence[str], program: str) -> Recipe:
-    """Build the recipe `name` from command-line flags. Exits with status 2 on an unknown setting or an illegal value."""
+    """Build the recipe `name` from command-line flags. Exits with status 2 on an unknown setting or an illegal
+    value.
+    """
     recipe = find(name)
     return tyro.cli(recipe, prog=program, args=list(flags), description=recipe.summary)
 

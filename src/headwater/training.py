@@ -1,7 +1,8 @@
-"""The training loop: search, replay, objective, step. Read `Trainer.run` and `Trainer.update`; the rest is keeping of books.
+"""The training loop: search, replay, objective, step. Read `Trainer.run` and `Trainer.update`; the rest is keeping of
+books.
 
-Everything random comes from the run's own generator, and a checkpoint holds all that the loop carries from one iteration to the next, so a
-run that is stopped and resumed ends where one that was never stopped does.
+Everything random comes from the run's own generator, and a checkpoint holds all that the loop carries from one
+iteration to the next, so a run that is stopped and resumed ends where one that was never stopped does.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tensorboardX import SummaryWriter
@@ -45,7 +46,9 @@ class ExplorationSettings:
     temperature: float = 1.0
     """Temperature of the policy that searches; above 1 flattens it."""
     average: float = 0.0
-    """Search with an exponential moving average of the weights: its decay, such as 0.99; 0 searches with the weights themselves."""
+    """Search with an exponential moving average of the weights: its decay, such as 0.99; 0 searches with the weights
+    themselves.
+    """
 
     def __post_init__(self) -> None:
         for name in ("epsilon", "epsilon_end", "decay"):
@@ -149,7 +152,8 @@ class Trainer:
         return self.average or self.policy
 
     def run(self, progress_bar: bool = True) -> None:
-        """Train up to `training.iterations`. Ctrl-C, or a polite kill, ends it early with a checkpoint and `interrupted` set.
+        """Train up to `training.iterations`. Ctrl-C, or a polite kill, ends it early with a checkpoint and
+        `interrupted` set.
 
         Raises NonFiniteLoss after writing the batch down; the checkpoint before it stays.
         """
@@ -225,7 +229,8 @@ class Trainer:
         if self.average is None:
             return
         with torch.no_grad():
-            old, new = list(self.average.parameters()), [p.detach() for p in self.policy.parameters()]
+            old = [parameter.detach() for parameter in self.average.parameters()]
+            new = [parameter.detach() for parameter in self.policy.parameters()]
             torch._foreach_lerp_(old, new, 1 - self.exploration.average)
         self.average.version = self.policy.version
 
@@ -264,7 +269,9 @@ class Trainer:
         tensors = {
             "policy": dict(self.policy.state_dict()),
             "optimizer": {
-                f"{parameter}.{name}": value for parameter, values in optimizer["state"].items() for name, value in values.items()
+                f"{parameter}.{name}": value
+                for parameter, values in optimizer["state"].items()
+                for name, value in values.items()
             },
             "random": {"generator": self.generator.get_state()},
         }
@@ -295,7 +302,10 @@ class Trainer:
             self.generator.set_state(checkpoint.tensors["random"]["generator"])
             if self.replay is not None:
                 self.replay.load_state(checkpoint.tensors["replay"])
-            self.search.drawn, self.search.failed = int(str(checkpoint.state["drawn"])), int(str(checkpoint.state["failed"]))
+            self.search.drawn, self.search.failed = (
+                int(str(checkpoint.state["drawn"])),
+                int(str(checkpoint.state["failed"])),
+            )
             self.seconds = float(str(checkpoint.state["seconds"]))
             self.policy.version = self.sampler.version = int(str(checkpoint.state["version"]))
         except (KeyError, RuntimeError) as error:
@@ -310,10 +320,10 @@ class Trainer:
             self.interrupted = True
             signal.signal(number, before[number])
 
-        before = {}
+        before: dict[int, Any] = {}
         try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before[number] = signal.signal(number, ask_to_stop)
+            for stop in (signal.SIGINT, signal.SIGTERM):
+                before[stop] = signal.signal(stop, ask_to_stop)
         except ValueError:  # not in the main thread: whoever owns it handles signals
             before.clear()
         try:

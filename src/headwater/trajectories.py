@@ -1,9 +1,9 @@
 """The packed batch of trajectories: all the data that flows between search, replay and learning, on one page.
 
-A batch holds its trajectories end to end. Per-step tensors are flat, `[S, ...]` for S steps in all, and a trajectory owns
-`lengths[i]` consecutive rows of them, so no network ever runs on padding and a sum over a trajectory is one `index_add`.
-Which per-step tensors there are is the policy's affair: a discrete environment stores states and actions, a language model
-tokens, a diffusion model its noisy states.
+A batch holds its trajectories end to end. Per-step tensors are flat, `[S, ...]` for S steps in all, and a trajectory
+owns `lengths[i]` consecutive rows of them, so no network ever runs on padding and a sum over a trajectory is one
+`index_add`. Which per-step tensors there are is the policy's affair: a discrete environment stores states and actions,
+a language model tokens, a diffusion model its noisy states.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Trajectories:
 
     steps:         per-step tensors by name, each `[S, ...]`, trajectories end to end in time order.
     lengths:       `[T]` int64, the number of steps of each trajectory, at least 1; they add up to S.
-    condition:     `[T, C]`, what the trajectory was asked for (an inverse temperature, a prompt index, ...); C = 0 for nothing.
+    condition:     `[T, C]`, what the trajectory was asked for (an inverse temperature, a prompt index, ...); C = 0 for
+    nothing.
     log_reward:    `[T]` float32, log R(x | condition); NaN until a reward has scored it.
     log_behaviour: `[T]` float32, log-probability of the trajectory under what drew it, exploration included.
     version:       `[T]` int64, the version of the policy that drew it.
@@ -98,7 +99,9 @@ class Trajectories:
     def split(self, sizes: Sequence[int]) -> list[Trajectories]:
         """Cut into consecutive batches of `sizes` trajectories; the sizes add up to T."""
         if sum(sizes) != len(self):
-            raise ValueError(f"split sizes {list(sizes)} add up to {sum(sizes)}, the batch has {len(self)} trajectories")
+            raise ValueError(
+                f"split sizes {list(sizes)} add up to {sum(sizes)}, the batch has {len(self)} trajectories"
+            )
         ends = torch.tensor(sizes, dtype=torch.int64).cumsum(0).tolist()
         everything = torch.arange(len(self), device=self.device)
         return [self.select(everything[end - size : end]) for size, end in zip(sizes, ends, strict=True)]

@@ -1,8 +1,9 @@
 """The Environment contract: discrete objects built step by step, batched, forward and backward symmetric.
 
-A state is a row of integers, and a batch of states one tensor `[N, width]`. Forward actions are numbered `0 .. n_actions - 1`;
-the last one is always *exit*, which finishes the object that the state describes. Backward actions are numbered
-`0 .. n_backward_actions - 1`: each undoes one forward action (exit needs none). An environment is a set of pure functions on
+A state is a row of integers, and a batch of states one tensor `[N, width]`. Forward actions are numbered `0 ..
+n_actions - 1`; the last one is always *exit*, which finishes the object that the state describes. Backward actions are
+numbered `0 .. n_backward_actions - 1`: each undoes one forward action (exit needs none). An environment is a set of
+pure functions on
 batches of states: it holds no episode, so one instance serves any number of trajectories, threads and devices.
 """
 
@@ -40,13 +41,14 @@ class Dense:
 class Native:
     """The same rules as the environment's methods, for one state row, compiled with `numba.njit`.
 
-    They let a rollout on the CPU do mask, sample, record, move and compact in one native call a step. Each function takes the
-    environment's `constants` (int64 array) last or before the output, and must agree with the tensor methods: the checker compares.
+    They let a rollout on the CPU do mask, sample, record, move and compact in one native call a step. Each function
+    takes the environment's `constants` (int64 array) last or before the output, and must agree with the tensor methods:
+    the checker compares.
 
-    forward_mask(state, constants, out):   write the legality of each forward action, exit included, into bool array `out`.
-    step(state, action, constants):        apply a forward action other than exit, in place.
-    backward_mask(state, constants, out):  write the legality of each backward action into bool array `out`.
-    backward_step(state, backward_action, constants) -> action: undo in place; return the forward action that redoes it.
+    forward_mask(state, constants, out):   write the legality of each forward action, exit included, into bool array
+    `out`. step(state, action, constants):        apply a forward action other than exit, in place. backward_mask(state,
+    constants, out):  write the legality of each backward action into bool array `out`. backward_step(state,
+    backward_action, constants) -> action: undo in place; return the forward action that redoes it.
     """
 
     forward_mask: Callable[..., None]
@@ -59,9 +61,9 @@ class Native:
 class Environment(ABC):
     """A discrete space of objects and the steps that build them. See the guide "Your own environment".
 
-    Subclasses set `n_actions` (exit, the last, included), `n_backward_actions`, `width` (integers in a state), `max_steps` (the most
-    steps that a trajectory can take, exit included) and `feature_type` (what `features` returns), and implement the methods below.
-    Invalid actions are never passed to `step`; the masks say which are valid.
+    Subclasses set `n_actions` (exit, the last, included), `n_backward_actions`, `width` (integers in a state),
+    `max_steps` (the most steps that a trajectory can take, exit included) and `feature_type` (what `features` returns),
+    and implement the methods below. Invalid actions are never passed to `step`; the masks say which are valid.
     """
 
     n_actions: int
@@ -81,11 +83,15 @@ class Environment(ABC):
 
     @abstractmethod
     def forward_mask(self, states: Tensor) -> Tensor:
-        """Which actions are legal in each state: bool `[N, n_actions]`; at least one in every state that can be reached."""
+        """Which actions are legal in each state: bool `[N, n_actions]`; at least one in every state that can be
+        reached.
+        """
 
     @abstractmethod
     def backward_mask(self, states: Tensor) -> Tensor:
-        """Which backward actions are legal in each state: bool `[N, n_backward_actions]`; none in the initial state only."""
+        """Which backward actions are legal in each state: bool `[N, n_backward_actions]`; none in the initial state
+        only.
+        """
 
     @abstractmethod
     def step(self, states: Tensor, actions: Tensor) -> Tensor:
@@ -117,13 +123,15 @@ class Environment(ABC):
         """The inverse of `objects`: int32 `[N, width]`. Raises ValueError naming an object that cannot be built."""
 
     def log_path_count(self, states: Tensor) -> Tensor | None:
-        """Log of the number of action sequences from the initial state to each state: float64 `[N]`, or None where no closed form
-        is known. The maximum-entropy backward policy follows from it (Mohammadpour et al. 2024)."""
+        """Log of the number of action sequences from the initial state to each state: float64 `[N]`, or None where no
+        closed form is known. The maximum-entropy backward policy follows from it (Mohammadpour et al. 2024)."""
         return None
 
 
 def identity(states: Tensor) -> Tensor:
-    """A 64-bit hash of each state row: int64 `[N]`. Equal rows have equal hashes on every device and in every process."""
+    """A 64-bit hash of each state row: int64 `[N]`. Equal rows have equal hashes on every device and in every
+    process.
+    """
     value = torch.full((states.shape[0],), 0x51_7C_C1_B7_27_22_0A_95, dtype=torch.int64, device=states.device)
     for column in states.to(torch.int64).unbind(1):
         value = (value ^ column) * 0x2545F4914F6CDD1D  # int64 arithmetic wraps around: a multiplicative hash

@@ -1,7 +1,7 @@
 """Bit sequences with hidden modes (Malkin et al. 2022, arXiv 2201.13259): n bits in words of k, rewarded near 60 modes.
 
-Three published rewards go by the same name and differ; each is here under its library's. The modes depend on the random generator of
-whoever draws them, so only results on the same mode set compare.
+Three published rewards go by the same name and differ; each is here under its library's. The modes depend on the random
+generator of whoever draws them, so only results on the same mode set compare.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class SlottedBits(Slots):
 
 
 def bit_sequences(bits: int = 120, word: int = 8, construction: Literal["append", "slots"] = "append") -> Environment:
-    """The environment of n = `bits` bits in words of k = `word`, autoregressive ("append") or in any order ("slots")."""
+    """The environment of n = `bits` bits in words of k = `word`, autoregressive ("append") or in any order
+    ("slots").
+    """
     if construction not in ("append", "slots"):
         raise ValueError(f"construction = {construction!r}: must be 'append' or 'slots'")
     return AppendedBits(bits, word) if construction == "append" else SlottedBits(bits, word)
@@ -69,7 +71,9 @@ def hidden_modes(bits: int = 120, count: int = 60, seed: int = 0) -> Tensor:
 
 
 def flipped_modes(modes: Tensor, seed: int = 0) -> Tensor:
-    """The test set: each mode with 0, 1, ... n - 1 randomly chosen bits flipped, uint8 `[count * n, n]` (7,200 for 60 modes, n = 120)."""
+    """The test set: each mode with 0, 1, ... n - 1 randomly chosen bits flipped, uint8 `[count * n, n]` (7,200 for
+    60 modes, n = 120).
+    """
     count, bits = modes.shape
     generator = torch.Generator().manual_seed(seed)
     rank = torch.rand(count, bits, bits, generator=generator).argsort(-1)
@@ -92,8 +96,9 @@ def modes_found(objects: Tensor, modes: Tensor, within: int = FOUND_WITHIN) -> i
 class BitReward:
     """R(x) from d, the Hamming distance of x to the closest mode.
 
-    form "gfnx": exp(-beta d / n), beta 3. "gflownet-rl": exp(-beta d), beta 2, not divided by n. "torchgfn": exp(-d / temperature),
-    temperature 1. strength is that beta or temperature; None for the published one. modes: uint8 `[M, n]`.
+    form "gfnx": exp(-beta d / n), beta 3. "gflownet-rl": exp(-beta d), beta 2, not divided by n. "torchgfn": exp(-d /
+    temperature), temperature 1. strength is that beta or temperature; None for the published one. modes: uint8 `[M,
+    n]`.
     """
 
     modes: Tensor = field(default_factory=hidden_modes)
@@ -124,7 +129,9 @@ def _words(bits: int, word: int) -> int:
 
 
 def _to_bits(states: Tensor, word: int) -> Tensor:
-    """Words `[T, length]` to their bits, the highest first: uint8 `[T, length * word]`. An empty slot has no bits: it reads as 0."""
+    """Words `[T, length]` to their bits, the highest first: uint8 `[T, length * word]`. An empty slot has no bits:
+    it reads as 0.
+    """
     places = torch.arange(word - 1, -1, -1, device=states.device)
     return ((states.long()[:, :, None] >> places) & 1).flatten(1).to(torch.uint8)
 

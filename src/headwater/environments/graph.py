@@ -23,6 +23,14 @@ class TooManyStates(ValueError):
     """The environment has more states than the limit."""
 
 
+class CyclicGraph(ValueError):
+    """Some state can be reached from itself; `state` is one."""
+
+    def __init__(self, state: list[int]) -> None:
+        super().__init__(f"the environment has a cycle: steps lead from state {tuple(state)} back to itself")
+        self.state = state
+
+
 @dataclass(frozen=True)
 class StateGraph:
     """M states that can be reached and the E steps between them.
@@ -30,7 +38,8 @@ class StateGraph:
     states:     int32 `[M, width]`; row 0 is the initial state, and every step leads to a later row.
     source, target, action: int64 `[E]`, the steps, exit excepted; sorted by target.
     terminal:   bool `[M]`, the states that may exit.
-    levels:     groups of edges (rows of `source`), each holding all edges into some states. All edges into the sources of
+    levels:     groups of edges (rows of `source`), each holding all edges into some states. All edges into the sources
+    of
                 a group come in earlier groups, and all edges out of its targets in later ones.
     """
 
@@ -90,8 +99,7 @@ class StateGraph:
 def enumerate_states(environment: Environment, limit: int = 1_000_000) -> StateGraph:
     """All states that can be reached from the initial state, breadth first, and all steps between them.
 
-    Raises TooManyStates, a ValueError, if there are more than `limit` states, and ValueError for a cycle, naming a state
-    on it.
+    Raises TooManyStates if there are more than `limit` states, and CyclicGraph for a cycle; both are ValueErrors.
     """
     table = _Table(environment.width)
     table.add(environment.initial(1), limit)
@@ -120,8 +128,7 @@ def _depths(states: Tensor, source: Tensor, target: Tensor) -> Tensor:
     first_edge = np.concatenate([[0], np.bincount(source.numpy(), minlength=count).cumsum()])
     depth = torch.from_numpy(_longest_paths(first_edge, target.numpy(), count))
     if (depth < 0).any():
-        on_cycle = tuple(states[_state_on_a_cycle(depth < 0, source, target)].tolist())
-        raise ValueError(f"the environment has a cycle: steps lead from state {on_cycle} back to itself")
+        raise CyclicGraph(states[_state_on_a_cycle(depth < 0, source, target)].tolist())
     return depth
 
 

@@ -1,6 +1,8 @@
-"""The hypergrid (Bengio et al. 2021, arXiv 2106.04399): walk up the axes of a D-dimensional grid of side H, stop anywhere.
+"""The hypergrid (Bengio et al. 2021, arXiv 2106.04399): walk up the axes of a D-dimensional grid of side H, stop
+anywhere.
 
-Rewards: the original family, and the deceptive one of the adaptive teacher (Kim et al. 2025, arXiv 2410.01432, as in its code).
+Rewards: the original family, and the deceptive one of the adaptive teacher (Kim et al. 2025, arXiv 2410.01432, as in
+its code).
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from headwater.environments.base import Environment, Native, Objects, Tokens
 
 
 class Hypergrid(Environment):
-    """States are coordinates `[N, dimensions]`, all zero at first; action d adds one to coordinate d; every state may exit.
-    Objects are the coordinates, an integer tensor `[T, dimensions]`."""
+    """States are coordinates `[N, dimensions]`, all zero at first; action d adds one to coordinate d; every state may
+    exit. Objects are the coordinates, an integer tensor `[T, dimensions]`."""
 
     def __init__(self, dimensions: int = 4, side: int = 20) -> None:
         if dimensions < 1:
@@ -76,11 +78,12 @@ class Hypergrid(Environment):
 
 @dataclass(frozen=True)
 class HypergridReward:
-    """R(x) = r0 + r1 * [every axis in the outer ring] + r2 * [every axis in the thin band], with a = |x / (H - 1) - 1/2|.
+    """R(x) = r0 + r1 * [every axis in the outer ring] + r2 * [every axis in the thin band], with a = |x / (H - 1) -
+    1/2|.
 
     original:  outer ring a > 0.25, thin band 0.3 < a < 0.4 (Bengio et al. 2021).
-    deceptive: r0 + r1 - r1 * [every a > 0.1] + r2 * [every 0.3 < a < 0.4]: the centre lures, the modes lie beyond a moat.
-    Bands are decided in integers, so no cell depends on rounding.
+    deceptive: r0 + r1 - r1 * [every a > 0.1] + r2 * [every 0.3 < a < 0.4]: the centre lures, the modes lie beyond a
+    moat. Bands are decided in integers, so no cell depends on rounding.
     """
 
     side: int
@@ -93,7 +96,9 @@ class HypergridReward:
         if self.family not in ("original", "deceptive"):
             raise ValueError(f"family = {self.family!r}: must be 'original' or 'deceptive'")
         if min(self.r0, self.r1, self.r2) < 0 or self.r0 == 0:
-            raise ValueError(f"r0 = {self.r0}, r1 = {self.r1}, r2 = {self.r2}: r0 must be positive, the others not negative")
+            raise ValueError(
+                f"r0 = {self.r0}, r1 = {self.r1}, r2 = {self.r2}: r0 must be positive, the others not negative"
+            )
 
     def __call__(self, objects: Objects, condition: Tensor) -> Tensor:
         """Log-reward of grid cells `[T, dimensions]`: float32 `[T]`."""

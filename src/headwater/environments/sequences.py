@@ -1,6 +1,7 @@
 """Sequences over any alphabet, of fixed or bounded length, grown at the end or at both ends.
 
-A state holds the symbols so far, packed to the left, and an empty mark (the number past the last symbol) in the places that follow.
+A state holds the symbols so far, packed to the left, and an empty mark (the number past the last symbol) in the places
+that follow.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from headwater.environments.base import Environment, Native, Objects, Tokens
 class Sequences(Environment):
     """Strings of `min_length` to `max_length` symbols (`min_length` is `max_length` unless given).
 
-    construction "append" adds symbols at the end: every string has one trajectory. "prepend-append" grows at both ends: actions
-    `0 .. k - 1` append, `k .. 2 k - 1` prepend (never to the empty string), and a backward action drops the last or the first symbol.
+    construction "append" adds symbols at the end: every string has one trajectory. "prepend-append" grows at both ends:
+    actions `0 .. k - 1` append, `k .. 2 k - 1` prepend (never to the empty string), and a backward action drops the
+    last or the first symbol.
     allowed: with "append", bool `[max_length, k]`, the symbols that may stand in each place; at least one in each.
-    Symbols are strings of one common length. Subclasses may narrow `forward_mask`, with `native = None`, as long as every symbol that is
-    forbidden in a state stays forbidden on every way to the objects beyond it.
+    Symbols are strings of one common length. Subclasses may narrow `forward_mask`, with `native = None`, as long as
+    every symbol that is forbidden in a state stays forbidden on every way to the objects beyond it.
     """
 
     def __init__(
@@ -128,7 +130,8 @@ class Sequences(Environment):
             symbols = [number.get(text[i : i + size], -1) for i in range(0, len(text), size)]
             if -1 in symbols or not self.min_length <= len(symbols) <= self.max_length:
                 raise ValueError(
-                    f"{text!r} is no sequence of {self.min_length} to {self.max_length} symbols out of {' '.join(self.alphabet[:20])}"
+                    f"{text!r} is no sequence of {self.min_length} to {self.max_length} "
+                    f"symbols out of {' '.join(self.alphabet[:20])}"
                 )
             if not all(self._allowed[place, symbol] for place, symbol in enumerate(symbols)):
                 raise ValueError(f"{text!r} has a symbol in a place where it is not allowed")

@@ -16,8 +16,9 @@ from headwater.environments.base import Environment, Native, Objects, Tokens
 class Sets(Environment):
     """Subsets of `items` with at most `size` of them, or exactly `size`. Objects are sorted tuples of items.
 
-    A state is one 0 or 1 an item; action i adds item i, backward action i takes it out. A subclass that forbids combinations overrides
-    `forward_mask` alone and sets `native = None`: whatever may be built can be taken apart in every order.
+    A state is one 0 or 1 an item; action i adds item i, backward action i takes it out. A subclass that forbids
+    combinations overrides `forward_mask` alone and sets `native = None`: whatever may be built can be taken apart in
+    every order.
     """
 
     def __init__(self, items: int | Sequence[str], size: int, exact: bool = False) -> None:

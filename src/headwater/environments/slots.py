@@ -13,8 +13,9 @@ from headwater.environments.base import Environment, Native, Objects, Tokens
 class Slots(Environment):
     """`length` slots, each to be filled with one of `symbols` symbols; exit when all are full.
 
-    A state holds each slot's symbol, or `symbols` for an empty one. Action `slot * symbols + symbol` fills a slot; a backward action
-    empties one, so there are far fewer of them. Objects are the symbols, an integer tensor `[T, length]`.
+    A state holds each slot's symbol, or `symbols` for an empty one. Action `slot * symbols + symbol` fills a slot; a
+    backward action empties one, so there are far fewer of them. Objects are the symbols, an integer tensor `[T,
+    length]`.
     """
 
     def __init__(self, length: int, symbols: int) -> None:

@@ -1,4 +1,6 @@
-"""The Policy contract. Every domain meets the core here: a policy draws trajectories and says how likely given trajectories are."""
+"""The Policy contract. Every domain meets the core here: a policy draws trajectories and says how likely given
+trajectories are.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ class LogProbs:
     """What a policy says of a batch of T trajectories with S steps, differentiable in its parameters.
 
     forward:   `[S]`, log P_F of each step taken.
-    backward:  `[S]`, log of the reference path measure: the backward policy's probability of undoing the step, the reference model's
+    backward:  `[S]`, log of the reference path measure: the backward policy's probability of undoing the step, the
+    reference model's
                or the prior's probability of taking it.
     log_z:     `[T]`, the policy's log-partition function at each trajectory's condition.
     log_flow:  `[S]`, log F of the state that each step leaves, or None where the policy has no flow head.
@@ -35,7 +38,9 @@ class LogProbs:
 
 @dataclass(frozen=True)
 class Exploration:
-    """How sampling departs from the policy: with probability `epsilon` a uniform legal action, else the policy at `temperature`."""
+    """How sampling departs from the policy: with probability `epsilon` a uniform legal action, else the policy at
+    `temperature`.
+    """
 
     epsilon: float = 0.0
     temperature: float = 1.0
@@ -71,8 +76,8 @@ class Policy(nn.Module):
         """The finished objects of the trajectories, as a reward takes them."""
 
     def sample_backward(self, trajectories: Trajectories, generator: torch.Generator) -> Trajectories:
-        """New trajectories that end in the same objects, walked backward from them; `log_behaviour` is then the log-probability of that
-        walk. Raises TypeError for a policy that cannot walk backward."""
+        """New trajectories that end in the same objects, walked backward from them; `log_behaviour` is then the
+        log-probability of that walk. Raises TypeError for a policy that cannot walk backward."""
         raise TypeError(f"{type(self).__name__} cannot walk backward from finished objects")
 
     def log_z_parameters(self) -> list[nn.Parameter]:

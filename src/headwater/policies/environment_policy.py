@@ -1,4 +1,6 @@
-"""The generic policy for a discrete environment: one torso, tied heads for forward actions, backward actions and state flow."""
+"""The generic policy for a discrete environment: one torso, tied heads for forward actions, backward actions and
+state flow.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,10 @@ _NEVER = -1e9  # finite, so that a row without any legal action gives no NaN gra
 class EnvironmentPolicy(Policy):
     """Forward and backward policies and flow over an environment's states.
 
-    backward: "uniform" over legal backward actions; "learned" by the same loss as the forward policy; "maximum-entropy", every path to an
-    object equally likely (the environment must know its path counts); "tlm", learned by maximum likelihood of the trajectories met
-    (trajectory likelihood maximization, Gritsaev et al. 2025, arXiv 2410.15474), the balance loss taking it as given.
+    backward: "uniform" over legal backward actions; "learned" by the same loss as the forward policy;
+    "maximum-entropy", every path to an object equally likely (the environment must know its path counts); "tlm",
+    learned by maximum likelihood of the trajectories met (trajectory likelihood maximization, Gritsaev et al. 2025,
+    arXiv 2410.15474), the balance loss taking it as given.
     condition_size: C, the columns of the condition; 0 for an unconditional policy.
     """
 
@@ -40,7 +43,7 @@ class EnvironmentPolicy(Policy):
             raise ValueError(f"backward = {backward!r}: must be one of {', '.join(get_args(Backward))}")
         if backward == "maximum-entropy" and environment.log_path_count(environment.initial(1)) is None:
             raise ValueError(
-                f"backward = 'maximum-entropy' needs path counts, and {type(environment).__name__} has no log_path_count"
+                f"backward = 'maximum-entropy' needs path counts: {type(environment).__name__} has no log_path_count"
             )
         network = network or Network()
         self.environment, self.backward_kind = environment, backward
@@ -86,7 +89,9 @@ class EnvironmentPolicy(Policy):
         return walked.with_log_reward(trajectories.log_reward)
 
     def sample_to(self, states: Tensor, condition: Tensor, generator: torch.Generator | None = None) -> Trajectories:
-        """Trajectories to given final `states` (`[T, width]`, as `environment.states(objects)` gives them), drawn by the backward policy."""
+        """Trajectories to given final `states` (`[T, width]`, as `environment.states(objects)` gives them), drawn by
+        the backward policy.
+        """
         condition = self._checked(condition)
         with torch.no_grad():
             embedded = self.embed_condition(condition) if self.condition_size else None
@@ -127,8 +132,12 @@ class EnvironmentPolicy(Policy):
         )
 
     def action_log_probs(self, states: Tensor, condition: Tensor) -> Tensor:
-        """log P_F of every action in each of N states under one condition row `[1, C]`: `[N, n_actions]`, very low where illegal."""
-        embedded = self.embed_condition(self._checked(condition)).expand(len(states), -1) if self.condition_size else None
+        """log P_F of every action in each of N states under one condition row `[1, C]`: `[N, n_actions]`, very low
+        where illegal.
+        """
+        embedded = (
+            self.embed_condition(self._checked(condition)).expand(len(states), -1) if self.condition_size else None
+        )
         logits = self.heads(self.torso(self.environment.features(states), embedded))[:, : self.sizes[0]].float()
         return logits.masked_fill(~self.environment.forward_mask(states), _NEVER).log_softmax(1)
 
@@ -140,7 +149,9 @@ class EnvironmentPolicy(Policy):
         return trajectories.steps["state"][trajectories.last]
 
     def _log_backward(self, trajectories: Trajectories, backward_logits: Tensor) -> Tensor:
-        """log P_B(s_t | s_t+1) at step t: read in the row of the state that the step leads to; 0 for exit, which undoes nothing."""
+        """log P_B(s_t | s_t+1) at step t: read in the row of the state that the step leads to; 0 for exit, which
+        undoes nothing.
+        """
         environment = self.environment
         states, actions = trajectories.steps["state"], trajectories.steps["action"]
         is_exit = actions == environment.exit_action
@@ -156,7 +167,9 @@ class EnvironmentPolicy(Policy):
         return torch.where(is_exit, 0.0, log_backward.roll(-1, dims=0).gather(1, undo[:, None])[:, 0])
 
     def _maximum_entropy(self, states: Tensor) -> Tensor:
-        """Logits of the maximum-entropy backward policy: the log path count of the parent behind each legal backward action."""
+        """Logits of the maximum-entropy backward policy: the log path count of the parent behind each legal backward
+        action.
+        """
         mask = self.environment.backward_mask(states)
         rows, backward_actions = mask.nonzero(as_tuple=True)
         count = self.environment.log_path_count(self.environment.backward_step(states[rows], backward_actions))
@@ -190,10 +203,12 @@ class EnvironmentPolicy(Policy):
 
 
 class RelativePolicy(Policy):
-    """A posterior policy balanced against a frozen prior policy in the place of the backward policy: relative trajectory balance.
+    """A posterior policy balanced against a frozen prior policy in the place of the backward policy: relative
+    trajectory balance.
 
-    With trajectory balance as the objective it learns to draw prior(x) R(x) / Z. It starts as a copy of the prior, and every trajectory
-    must be its object's only one, or the posterior is over trajectories (Venkatraman et al. 2024, arXiv 2405.20971).
+    With trajectory balance as the objective it learns to draw prior(x) R(x) / Z. It starts as a copy of the prior, and
+    every trajectory must be its object's only one, or the posterior is over trajectories (Venkatraman et al. 2024,
+    arXiv 2405.20971).
     """
 
     def __init__(self, prior: EnvironmentPolicy) -> None:

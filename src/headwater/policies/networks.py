@@ -1,4 +1,6 @@
-"""Torsos: from an environment's features to one hidden vector a state. A condition enters as an embedding that is added in."""
+"""Torsos: from an environment's features to one hidden vector a state. A condition enters as an embedding that is
+added in.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,16 @@ from headwater.environments.base import Dense, Tokens
 
 @dataclass(frozen=True)
 class Network:
-    """The network over an environment's states.
-
-    torso: mlp, or transformer (features must then be tokens).
-    width: hidden units; layers: hidden layers or transformer blocks; heads: attention heads, a divisor of width.
-    """
+    """The network over an environment's states."""
 
     torso: Literal["mlp", "transformer"] = "mlp"
+    """mlp, or transformer, which needs an environment whose features are tokens."""
     width: int = 256
+    """Hidden units."""
     layers: int = 2
+    """Hidden layers, or transformer blocks."""
     heads: int = 8
+    """Attention heads of the transformer, a divisor of the width."""
 
     def __post_init__(self) -> None:
         if self.torso not in ("mlp", "transformer"):
@@ -46,13 +48,16 @@ class MLP(nn.Module):
 
     def __init__(self, features: Tokens | Dense, width: int, layers: int) -> None:
         super().__init__()
+        self.offsets: Tensor
         self.is_tokens = isinstance(features, Tokens)
         size = features.length * features.vocabulary if isinstance(features, Tokens) else features.size
         first = nn.Linear(size, width)
         self.weight = nn.Parameter(first.weight.detach().T.contiguous())  # [inputs, width]: an embedding table
         self.bias = nn.Parameter(first.bias.detach())
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(layers - 1))
-        offsets = torch.arange(features.length) * features.vocabulary if isinstance(features, Tokens) else torch.empty(0)
+        offsets = (
+            torch.arange(features.length) * features.vocabulary if isinstance(features, Tokens) else torch.empty(0)
+        )
         self.register_buffer("offsets", offsets.to(torch.int32), persistent=False)
 
     def forward(self, features: Tensor, condition: Tensor | None) -> Tensor:
@@ -70,8 +75,8 @@ class MLP(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Pre-norm transformer blocks over the tokens, then the mean over positions. For the short sequences met here, plain softmax
-    attention is faster on a CPU than the fused kernel."""
+    """Pre-norm transformer blocks over the tokens, then the mean over positions. For the short sequences met here,
+    plain softmax attention is faster on a CPU than the fused kernel."""
 
     def __init__(self, features: Tokens, width: int, layers: int, heads: int) -> None:
         super().__init__()

@@ -1,17 +1,19 @@
-"""Rollouts of an environment, packed: finished trajectories leave the batch at once, so work follows the steps really taken.
+"""Rollouts of an environment, packed: finished trajectories leave the batch at once, so work follows the steps really
+taken.
 
-Two implementations of the same walk give the same trajectories from the same random numbers. On the CPU, where an environment has
-`native` rules, mask, sample, record, move and compact are one native call a step. Everywhere else, and as the readable reference that
-tests compare with, the walk is written in tensors. Actions are drawn by inverting the cumulative distribution: one uniform
-number a row, whatever the number of actions. A step into a state
-whose only legal action is exit finishes the trajectory without asking the network.
+Two implementations of the same walk give the same trajectories from the same random numbers. On the CPU, where an
+environment has `native` rules, mask, sample, record, move and compact are one native call a step. Everywhere else, and
+as the readable reference that tests compare with, the walk is written in tensors. Actions are drawn by inverting the
+cumulative
+distribution: one uniform number a row, whatever the number of actions. A step into a state whose only legal action is
+exit finishes the trajectory without asking the network.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,9 @@ from headwater.environments.base import Environment, Native
 from headwater.policies.base import Exploration
 
 Logits = Callable[[Tensor, Tensor], Tensor]
-"""(states `[n, width]`, trajectory numbers `[n]`) -> logits `[n, actions or more]`; columns past the actions are ignored."""
+"""(states `[n, width]`, trajectory numbers `[n]`) -> logits `[n, actions or more]`; columns past the actions are
+ignored.
+"""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,9 @@ def walk_forward(
 
 
 def walk_backward(environment: Environment, logits: Logits, states: Tensor, generator: torch.Generator) -> Walk:
-    """Draw one trajectory to each of `states` (`[T, width]`) by walking back to the initial state; `logits` are over backward actions."""
+    """Draw one trajectory to each of `states` (`[T, width]`) by walking back to the initial state; `logits` are over
+    backward actions.
+    """
     walk = _native_backward if _is_native(environment, states) else _tensor_backward
     return walk(environment, logits, states, generator)
 
@@ -173,7 +179,8 @@ def _native_forward(
         record.reserve(2 * live)
         live, record.filled = advance(
             live_states, live_ids, live, offered, uniform, environment.n_actions, exploration.epsilon,
-            1.0 / exploration.temperature, native.constants, record.states, record.actions, record.ids, record.filled, log_prob,
+            1.0 / exploration.temperature, native.constants, record.states, record.actions, record.ids, record.filled,
+            log_prob,
         )  # fmt: skip
     return record.pack(count, log_prob, backward=False)
 
@@ -230,7 +237,7 @@ def _draw(logits, mask, n_actions, uniform, epsilon, inverse_temperature):  # ty
     return action, probability
 
 
-@lru_cache(maxsize=None)
+@cache
 def _compiled(forward_mask: Any, step: Any, backward_mask: Any, backward_step: Any) -> tuple[Any, Any]:
     """The two kernels for one environment's rules, compiled at their first call."""
 

@@ -1,7 +1,7 @@
 """Recipes: one kind of job each. A recipe is a frozen dataclass of settings that can build what a run needs.
 
-Its fields are the command line's flags and the tables of settings.toml at once; a domain adds a recipe by an entry point in the group
-`headwater.recipes`, and a user names a class of their own as `module:Class`.
+Its fields are the command line's flags and the tables of settings.toml at once; a domain adds a recipe by an entry
+point in the group `headwater.recipes`, and a user names a class of their own as `module:Class`.
 """
 
 from __future__ import annotations
@@ -68,15 +68,22 @@ class Recipe(ABC):
 
     @abstractmethod
     def problem(self) -> Problem:
-        """Build the policy, reward and conditions. Weights are drawn from torch's global generator, which the caller seeds."""
+        """Build the policy, reward and conditions. Weights are drawn from torch's global generator, which the caller
+        seeds.
+        """
 
     def default_condition(self) -> Tensor | None:
-        """The condition row `[1, C]` that samples and evaluations ask for unless told otherwise; None without conditions."""
+        """The condition row `[1, C]` that samples and evaluations ask for unless told otherwise; None without
+        conditions.
+        """
         return None
 
     def text(self, objects: Objects) -> list[str]:
         """Each object as one line of text."""
-        return [value if isinstance(value, str) else " ".join(map(str, value)) for value in listed(objects)]
+        return [
+            value if isinstance(value, str) else " ".join(map(str, cast("tuple[object, ...]", value)))
+            for value in listed(objects)
+        ]
 
     def write_samples(self, run: Run, samples: Samples) -> list[Path]:
         """Write the samples in the field's own formats too; returns the files."""

@@ -1,4 +1,6 @@
-"""The recipe `bits`: bit sequences with hidden modes (Malkin et al. 2022, arXiv 2201.13259), autoregressive or in any order."""
+"""The recipe `bits`: bit sequences with hidden modes (Malkin et al. 2022, arXiv 2201.13259), autoregressive or in
+any order.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The recipe `hypergrid`: the standard test of whether a sampler finds every mode, with its exact distribution beside it."""
+"""The recipe `hypergrid`: the standard test of whether a sampler finds every mode, with its exact distribution
+beside it.
+"""
 
 from __future__ import annotations
 

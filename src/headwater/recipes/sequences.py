@@ -1,4 +1,6 @@
-"""The recipe `sequences`: sequences over any alphabet, rewarded by a table of scores or by a Python function of the user's own."""
+"""The recipe `sequences`: sequences over any alphabet, rewarded by a table of scores or by a Python function of the
+user's own.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,13 @@ from headwater.training import Training
 
 @dataclass(frozen=True)
 class SequencesRecipe(EnvironmentRecipe):
-    """Give a table of scores (--table scores.csv) or a function (--function module:name) that takes a list of strings."""
+    """Give a table of scores (--table scores.csv) or a function (--function module:name) that takes a list of
+    strings.
+    """
 
-    summary: ClassVar[str] = "sequences over any alphabet, rewarded by your table (CSV, Parquet) or your Python function"
+    summary: ClassVar[str] = (
+        "sequences over any alphabet, rewarded by your table (CSV, Parquet) or your Python function"
+    )
 
     table: Path | None = None
     """CSV or Parquet with every sequence and its score: gives alphabet and lengths too."""

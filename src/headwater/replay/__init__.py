@@ -113,26 +113,24 @@ class Replay:
 
 @dataclass(frozen=True)
 class ReplaySettings:
-    """A replay by name.
-
-    capacity:           trajectories remembered.
-    rule:               how they are drawn: the most recent, uniformly, by softmax of log-reward, by rank of reward, or
-                        a set share from the high rewards.
-    temperature:        of the softmax over log-rewards.
-    rank_weight:        k of the rank rule: the smaller, the more the best are drawn.
-    share, quantile:    of the stratified rule: this share of the draw has a reward at or above this quantile.
-    recent_probability: probability that a draw is from the most recent batch, whatever the rule.
-    per_condition:      draw this many entries of each condition that is drawn; 0 draws without regard to conditions.
-    """
+    """A replay by name."""
 
     capacity: int = 100_000
+    """Trajectories remembered; the oldest leave first."""
     rule: Literal["recent", "uniform", "softmax", "rank", "stratified"] = "stratified"
+    """How they are drawn: the newest, uniformly, by softmax of log-reward, by rank, or a set share of high rewards."""
     temperature: float = 1.0
+    """Of the softmax over log-rewards."""
     rank_weight: float = 1e-3
+    """k of the rank rule: the smaller, the more the best are drawn."""
     share: float = 0.5
+    """Share of a stratified draw that has a reward at or above the quantile."""
     quantile: float = 0.9
+    """Quantile of reward that separates the strata."""
     recent_probability: float = 0.0
+    """Probability that a draw is from the most recent batch, whatever the rule."""
     per_condition: int = 0
+    """Draw this many entries of each condition that is drawn; 0 draws without regard to conditions."""
 
     def __post_init__(self) -> None:
         require(self.capacity >= 1, "capacity", self.capacity, "at least 1")

@@ -27,13 +27,26 @@ EVALUATION: dict[str, Term] = {
     "log_z_estimate": Term("log Z, estimated", "Logarithm of the sum of all rewards, estimated from the sampler."),
     "log_z_gap": Term("log Z gap", "Estimated minus exact log Z; 0 is perfect."),
     "elbo": Term("ELBO", "A lower bound on log Z, from the sampler's draws; tight when the sampler is perfect."),
-    "eubo": Term("EUBO", "An upper bound on log Z, from draws of the target; a large gap shows missed modes."),
+    "log_z_interval": Term("Its interval", "Half the width of the 95 % interval of the estimated log Z."),
+    "eubo": Term(
+        "EUBO",
+        "An upper bound on log Z: from exact draws of the target where the space was enumerated, else from the "
+        "sampler's draws reweighted, which cannot show a mode that it misses.",
+    ),
     "effective_sample_size": Term(
         "Effective sample size",
         "Share of importance-weighted trajectories that carries the weight; 1 is perfect, near 0 a few dominate.",
     ),
-    "pearson": Term("Pearson correlation", "Of log-reward with the sampler's log-probability; 1 is perfect."),
+    "pearson": Term(
+        "Pearson correlation", "Of log-reward with log-probability, over distinct draws; 1 is perfect."
+    ),
     "spearman": Term("Spearman correlation", "The same of their ranks: are better objects likelier? 1 is perfect."),
+    "pearson_with_random_objects": Term(
+        "Pearson, random objects too", "The same with as many uniformly random objects beside the sampler's draws."
+    ),
+    "spearman_with_random_objects": Term("Spearman, random objects too", "The same of their ranks."),
+    "samples": Term("Samples", "Objects drawn, repeats included."),
+    "distinct_samples": Term("Distinct samples", "Different objects among them."),
     "empirical_total_variation": Term(
         "Total variation (empirical)",
         "The same distance measured on a finite number of draws; to be read against its floor, never against 0.",
@@ -41,20 +54,15 @@ EVALUATION: dict[str, Term] = {
     "empirical_total_variation_floor": Term(
         "Its sampling floor", "What a perfect sampler would score on average with as many draws."
     ),
-    "modes": Term("Modes found", "Distinct high-reward regions that the samples reach."),
-    "modes_total": Term("Modes in all", "Distinct high-reward regions there are."),
-    "distinct": Term("Distinct objects", "Different objects among the samples."),
-    "diversity": Term("Diversity", "Mean distance between pairs of the best objects; larger is more varied."),
-    "mean_reward": Term("Mean reward", "Mean reward of the samples."),
     "mean_log_reward": Term("Mean log-reward", "Mean logarithm of the reward of the samples."),
     "top_100_mean_reward": Term("Mean reward of the top 100", "Over the 100 best distinct samples."),
     "top_100_mean_log_reward": Term("Mean log-reward of the top 100", "Over the 100 best distinct samples."),
     "top_100_diversity": Term("Diversity of the top 100", "Mean distance between pairs of them."),
     "baseline_top_100_mean_reward": Term(
-        "The same for random search", "Over the 100 best distinct objects of random search."
+        "Mean reward, random search", "Over the 100 best distinct objects of random search."
     ),
     "baseline_top_100_mean_log_reward": Term(
-        "The same for random search", "Over the 100 best distinct objects of random search."
+        "Mean log-reward, random search", "Over the 100 best distinct objects of random search."
     ),
     "baseline_calls": Term("Reward calls of random search", "How many random objects the baseline scored."),
 }  # fmt: skip

@@ -115,8 +115,7 @@ def _cards(
     if samples:
         finite = samples.log_reward[np.isfinite(samples.log_reward)]
         if len(finite):
-            mean = np.logaddexp.reduce(finite) - np.log(len(finite))
-            cards.append(_Card("Mean reward", numbers.reward(float(mean)), "of the samples"))
+            cards.append(_Card("Mean log-reward", number(float(finite.mean())), "of the samples"))
         distinct = len(set(samples.objects))
         cards.append(_Card("Distinct objects", number(distinct), f"of {number(len(samples.objects))} samples"))
     for name, label, note in (
@@ -144,13 +143,13 @@ def _verdict(last: Mapping[str, object], evaluation: Mapping[str, object], sampl
         said.append(
             f"{after} sampler's log-probabilities follow log-reward with a Pearson correlation of {correlation:.3f}."
         )
-    top = as_float(evaluation.get("top_100_mean_reward"))
-    baseline = as_float(evaluation.get("baseline_top_100_mean_reward"))
+    top = as_float(evaluation.get("top_100_mean_log_reward"))
+    baseline = as_float(evaluation.get("baseline_top_100_mean_log_reward"))
     if np.isfinite(top) and np.isfinite(baseline):
         spent = as_float(evaluation.get("baseline_calls"))
         calls = f" with {number(spent)} reward calls" if np.isfinite(spent) else ""
         said.append(
-            f"Its 100 best objects have a mean reward of {number(top)}; "
+            f"Its 100 best objects have a mean log-reward of {number(top)}; "
             f"those of random search{calls} have {number(baseline)}."
         )
     if not said and samples:

@@ -19,8 +19,8 @@ from headwater.trajectories import Trajectories
 class InlineSearch:
     """Draws with `policy`, scores with `reward`, and adds what was scored to `replay`.
 
-    group_size: how many trajectories share one condition. step_rewards: also score every state on the way, for the objectives that ask
-    for it. failed, drawn: trajectories so far whose reward failed, and all of them.
+    group_size: how many trajectories share one condition. step_rewards: also score every state on the way, for the
+    objectives that ask for it. failed, drawn: trajectories so far whose reward failed, and all of them.
     """
 
     policy: Policy
@@ -34,7 +34,9 @@ class InlineSearch:
     drawn: int = 0
 
     def collect(self, count: int, exploration: Exploration) -> Trajectories:
-        """Draw `count` trajectories; the scored ones are returned and remembered, those whose reward failed are dropped."""
+        """Draw `count` trajectories; the scored ones are returned and remembered, those whose reward failed are
+        dropped.
+        """
         condition = self.conditions.draw(count, self.group_size, self.generator)
         drawn = self.policy.sample(condition, exploration, self.generator)
         scored = self.score(drawn)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -104,7 +105,9 @@ class RnaRecipe(EnvironmentRecipe):
             path,
             [
                 Record(f"design-{number}", sequence, f"log_reward={log_reward:.4f}")
-                for number, (sequence, log_reward) in enumerate(zip(samples.objects, samples.log_reward, strict=True), 1)
+                for number, (sequence, log_reward) in enumerate(
+                    zip(samples.objects, samples.log_reward, strict=True), 1
+                )
             ],
         )
         return [path]
@@ -116,15 +119,39 @@ class RnaRecipe(EnvironmentRecipe):
         if samples is None:
             return []
         chosen = [samples.objects[index] for index in self.best(samples, 6)]
-        drawn = "".join(f'<figure class="half">{self._drawing(design)}</figure>' for design in chosen)
+        drawn = "".join(
+            f'<figure class="half">{self._drawing(design)}<figcaption><code>{design}</code>, {self._score(design)}'
+            "</figcaption></figure>"
+            for design in chosen
+        )
         logo = (
-            f"<figure>{logo_svg(samples.objects)}<figcaption>{len(samples.objects)} draws from the sampler, the height of "
-            "a letter in bits of information.</figcaption></figure>"
+            f'<figure class="medium">{logo_svg(samples.objects)}<figcaption>{len(samples.objects)} draws from the '
+            "sampler; the height of a letter is its share of the information, in bits.</figcaption></figure>"
         )
         return [
-            Section("Good and different designs", f'<div class="figures">{drawn}</div>'),
+            Section("Good and different designs", self._comparison(run) + f'<div class="figures">{drawn}</div>'),
             Section("What the designs have in common", logo),
         ]
+
+    def _comparison(self, run: Run) -> str:
+        """The best designs and those of random search, in the units of the field."""
+        figures = run.evaluation()
+        names = ("top_100_mean_log_reward", "baseline_top_100_mean_log_reward", "baseline_calls")
+        ours, theirs, calls = (figures.get(name) for name in names)
+        if not (isinstance(ours, float) and isinstance(theirs, float) and isinstance(calls, int)):
+            return ""
+        unit, scale = "ensemble defect", -self.temperature
+        if self.structure is None:
+            unit, scale = "fitness (1 is a perfect match with every target)", self.temperature
+        return (
+            f"<p>The 100 best of the draws have a mean {unit} of {scale * ours:.3f}; the 100 best of {calls:,} random "
+            f"designs, as many as the sampler paid for, have {scale * theirs:.3f}. "
+            f"Below are the best that differ from each other by at least {self.least_distance:g} edits.</p>"
+        )
+
+    def _score(self, design: str) -> str:
+        values = self.columns([design])
+        return ", ".join(f"{escape(name.replace('_', ' '))} {column[0]}" for name, column in values.items())
 
     def _drawing(self, design: str) -> str:
         from headwater.sequences.figures import duplex_svg, structure_svg

@@ -134,8 +134,8 @@ def subtrajectory_residuals(
     """
     flow = _flow(log_probs, batch, forward_looking)
     ratio = (log_probs.forward - log_probs.backward).float()
-    running = ratio.cumsum(0)
-    running = running - (running - ratio)[batch.starts][batch.index]  # inclusive sum within the trajectory
+    running = ratio.double().cumsum(0)  # over the whole batch: in single precision, late trajectories would drown
+    running = (running - (running - ratio)[batch.starts][batch.index]).float()  # inclusive sum within the trajectory
     before = flow - (running - ratio)  # v at the state that each step leaves
     at_end = batch.log_reward - running[batch.last]  # v at the end, where the reward flows
     # nodes of a trajectory: its steps, then its end

@@ -117,7 +117,7 @@ def modified_step_residual(log_probs: LogProbs, batch: Trajectories) -> Tensor:
     """The modified detailed-balance residual, `[S]`, zero at exit steps: every state may exit, and its flow is its
     own.
     """
-    if log_probs.log_exit is None:
+    if log_probs.log_exit is None or bool((log_probs.log_exit < -1e8).any()):  # masked: exit is not legal there
         raise ValueError("modified detailed balance needs a policy in whose every state exit is an action")
     flow = batch.steps[STEP_REWARD] - log_probs.log_exit
     residual = flow + log_probs.forward - log_probs.backward - flow.roll(-1)

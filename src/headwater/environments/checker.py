@@ -73,16 +73,22 @@ def check_environment(environment: Environment, limit: int = 50_000, seed: int =
     if faults:
         return CheckReport(name, checks)
     evidence = Evidence(Watched(environment), limit, seed, walks)
-    known: set[Fault] = set()
     for title, check in _CHECKS.items():
-        found = _safely(check, evidence)
-        checks[title] = found if isinstance(found, str) else [fault for fault in found if fault not in known]
-        known.update(checks[title] if isinstance(found, list) else [])  # type: ignore[arg-type]
+        checks[title] = _without_repeats(_safely(check, evidence), checks)
     if evidence.graph is None:
         return CheckReport(name, checks)
     into, ends = evidence.graph.path_counts(), evidence.graph.terminal.tolist()
     trajectories = sum(count for count, end in zip(into, ends, strict=True) if end)
     return CheckReport(name, checks, len(into), sum(ends), trajectories, _twin_notes(evidence.graph))
+
+
+def _without_repeats(found: list[Fault] | str, checks: dict[str, list[Fault] | str]) -> list[Fault] | str:
+    """One fault may stop many checks: it is told once."""
+    if isinstance(found, str):
+        return found
+    told = {fault for earlier in checks.values() if not isinstance(earlier, str) for fault in earlier}
+    new = [fault for fault in found if fault not in told]
+    return new if new or not found else "a fault named above stands in the way"
 
 
 def _safely(check: Callable[[Evidence], list[Fault] | str], evidence: Evidence) -> list[Fault] | str:

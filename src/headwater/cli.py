@@ -8,6 +8,7 @@ import argparse
 import importlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -33,14 +34,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     parser = _parser()
-    if arguments[:1] == ["train"]:  # everything after the recipe's name belongs to the recipe's own parser
-        options, recipe_flags = parser.parse_known_args(_shield_help(arguments))
-        options.recipe_flags = ["--help" if flag == _HELP else flag for flag in recipe_flags]
+    if arguments[:1] == ["train"] and not _asks_for_help_on_train(arguments):
+        options = _train_options(parser, arguments[1:])
     else:
         options = parser.parse_args(arguments)
     options.command_line = ["headwater", *arguments]
     try:
         sys.exit(options.function(options))
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, ImportError) as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:
@@ -49,13 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(error), 1)
 
 
-_HELP = "--recipe-help"
+def _asks_for_help_on_train(arguments: Sequence[str]) -> bool:
+    return len(arguments) == 2 and arguments[1] in ("-h", "--help")
 
 
-def _shield_help(arguments: list[str]) -> list[str]:
-    """`train RECIPE --help` asks for the recipe's help, not for the verb's."""
-    names_recipe = len(arguments) > 1 and not arguments[1].startswith("-")
-    return [_HELP if flag in ("-h", "--help") and names_recipe else flag for flag in arguments]
+def _train_options(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """The options of `train` itself; all other flags belong to the parser of the recipe that comes first."""
+    recipe = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    help_flags = ("-h", "--help")
+    options, theirs = parser.parse_known_args(["train", *(flag for flag in arguments if flag not in help_flags)])
+    options.recipe = recipe
+    options.recipe_flags = theirs + ["--help"] * any(flag in help_flags for flag in arguments)
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,7 +83,6 @@ def _parser() -> argparse.ArgumentParser:
 
     train = verb("train", _train, "Train a sampler, then draw samples, evaluate and write the report.")
     train.usage = "headwater train RECIPE [--out FOLDER] [--config FILE.toml] [--quiet] [settings of the recipe]"
-    train.add_argument("recipe", nargs="?", help="a recipe's name (see: headwater list) or your own as module:Class")
     train.add_argument("--out", type=Path, help="the run folder; default runs/RECIPE-DATE-TIME")
     train.add_argument("--config", type=Path, help="a TOML file of settings; flags override it")
     train.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -116,8 +123,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace) -> int:
     named, flags = read_config(options.config) if options.config else (None, [])
-    if options.recipe and options.recipe.startswith("-"):
-        raise ValueError("name a recipe first: headwater train RECIPE [settings]")
     name = options.recipe or named
     if name is None:
         raise ValueError(f"name a recipe: one of {', '.join(available())}, or your own as module:Class")

@@ -112,9 +112,8 @@ def bounds(
 
     elbo: the mean log-weight of the sampler's own trajectories, at most log Z. log_z_estimate: importance-sampled log
     Z, with the half width of its 95 % interval. effective_sample_size: as a share of the draws, 0 to 1. eubo: the mean
-    log-weight under the target, at
-    least log Z: from exact draws where `exact` is given, else self-normalised from the sampler's own, which is biased
-    downward where the sampler misses modes.
+    log-weight under the target, at least log Z: from exact draws where `exact` is given, else self-normalised from the
+    sampler's own, which is biased downward where the sampler misses modes.
     """
     asked = (torch.empty(1, 0) if condition is None else condition).expand(count, -1)
     drawn = policy.sample(asked, NO_EXPLORATION, generator)

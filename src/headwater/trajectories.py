@@ -27,8 +27,7 @@ class Trajectories:
 
     steps:         per-step tensors by name, each `[S, ...]`, trajectories end to end in time order.
     lengths:       `[T]` int64, the number of steps of each trajectory, at least 1; they add up to S.
-    condition:     `[T, C]`, what the trajectory was asked for (an inverse temperature, a prompt index, ...); C = 0 for
-    nothing.
+    condition:     `[T, C]`, what the trajectory was asked for (a temperature, a prompt, ...); C = 0 for nothing.
     log_reward:    `[T]` float32, log R(x | condition); NaN until a reward has scored it.
     log_behaviour: `[T]` float32, log-probability of the trajectory under what drew it, exploration included.
     version:       `[T]` int64, the version of the policy that drew it.

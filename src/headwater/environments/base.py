@@ -1,10 +1,10 @@
 """The Environment contract: discrete objects built step by step, batched, forward and backward symmetric.
 
-A state is a row of integers, and a batch of states one tensor `[N, width]`. Forward actions are numbered `0 ..
-n_actions - 1`; the last one is always *exit*, which finishes the object that the state describes. Backward actions are
-numbered `0 .. n_backward_actions - 1`: each undoes one forward action (exit needs none). An environment is a set of
-pure functions on
-batches of states: it holds no episode, so one instance serves any number of trajectories, threads and devices.
+A state is a row of integers, and a batch of states one tensor `[N, width]`. Forward actions are numbered from 0 to
+`n_actions - 1`; the last one is always *exit*, which finishes the object that the state describes. Backward actions are
+numbered from 0 to `n_backward_actions - 1`: each undoes one forward action (exit needs none). An environment is a set
+of pure functions on batches of states: it holds no episode, so one instance serves any number of trajectories, threads
+and devices.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class Native:
     takes the environment's `constants` (int64 array) last or before the output, and must agree with the tensor methods:
     the checker compares.
 
-    forward_mask(state, constants, out):   write the legality of each forward action, exit included, into bool array
-    `out`. step(state, action, constants):        apply a forward action other than exit, in place. backward_mask(state,
-    constants, out):  write the legality of each backward action into bool array `out`. backward_step(state,
-    backward_action, constants) -> action: undo in place; return the forward action that redoes it.
+    forward_mask(state, constants, out):  write the legality of each action, exit included, into the bool array `out`.
+    step(state, action, constants):       apply a forward action other than exit, in place.
+    backward_mask(state, constants, out): write the legality of each backward action into the bool array `out`.
+    backward_step(state, backward_action, constants) -> action: undo in place; return the forward action that redoes it.
     """
 
     forward_mask: Callable[..., None]

@@ -19,9 +19,8 @@ class LogProbs:
     """What a policy says of a batch of T trajectories with S steps, differentiable in its parameters.
 
     forward:   `[S]`, log P_F of each step taken.
-    backward:  `[S]`, log of the reference path measure: the backward policy's probability of undoing the step, the
-    reference model's
-               or the prior's probability of taking it.
+    backward:  `[S]`, log of the reference path measure: the backward policy's probability of undoing the step, or the
+               reference model's or the prior's of taking it.
     log_z:     `[T]`, the policy's log-partition function at each trajectory's condition.
     log_flow:  `[S]`, log F of the state that each step leaves, or None where the policy has no flow head.
     log_exit:  `[S]`, log P_F(exit | state) of the state that each step leaves, or None where exit is no action.

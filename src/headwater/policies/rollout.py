@@ -4,9 +4,8 @@ taken.
 Two implementations of the same walk give the same trajectories from the same random numbers. On the CPU, where an
 environment has `native` rules, mask, sample, record, move and compact are one native call a step. Everywhere else, and
 as the readable reference that tests compare with, the walk is written in tensors. Actions are drawn by inverting the
-cumulative
-distribution: one uniform number a row, whatever the number of actions. A step into a state whose only legal action is
-exit finishes the trajectory without asking the network.
+cumulative distribution: one uniform number a row, whatever the number of actions. A step into a state whose only legal
+action is exit finishes the trajectory without asking the network.
 """
 
 from __future__ import annotations

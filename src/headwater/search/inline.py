@@ -42,8 +42,8 @@ class InlineSearch:
         scored = self.score(drawn)
         self.drawn += count
         self.failed += count - len(scored)
-        if self.replay is not None and len(scored):
-            self.replay.add(scored)
+        if self.replay is not None:
+            self.replay.add(scored.select(scored.log_reward.isfinite()))  # an infinite one is the loss's to refuse
         return scored
 
     def score(self, drawn: Trajectories) -> Trajectories:

@@ -55,9 +55,11 @@ class InlineSearch:
         return self.with_step_rewards(scored) if self.step_rewards else scored
 
     def with_step_rewards(self, batch: Trajectories) -> Trajectories:
-        """Score every state on the way, as if it were finished there."""
+        """Score every state on the way, as if it were finished there; trajectories where one fails are dropped."""
         if not isinstance(self.policy, EnvironmentPolicy):
             raise ValueError("rewards of states on the way need a policy over an environment")
         objects = self.policy.environment.objects(batch.steps["state"])
         step_reward = self.reward(objects, batch.condition[batch.index])
-        return replace(batch, steps={**batch.steps, STEP_REWARD: step_reward})
+        scored = replace(batch, steps={**batch.steps, STEP_REWARD: step_reward})
+        failed = batch.sum(step_reward.isnan().int()) > 0
+        return scored.select(~failed) if failed.any() else scored

@@ -163,7 +163,7 @@ class Trainer:
                 began = time.perf_counter()
                 metrics = self.update()
                 self.seconds += time.perf_counter() - began
-                if self._is_due(self.training.log_every):
+                if self._is_reported:
                     metrics |= self._bookkeeping()
                     if self.evaluate is not None and self._is_due(self.training.evaluate_every):
                         metrics |= {f"eval/{name}": value for name, value in self.evaluate(self.sampler).items()}
@@ -196,7 +196,7 @@ class Trainer:
         self.optimizer.step()
         self.policy.version += 1
         self._move_average()
-        if not self._is_due(self.training.log_every):
+        if not self._is_reported:
             return {}
         return {
             "iteration": self.iteration,
@@ -233,6 +233,12 @@ class Trainer:
             new = [parameter.detach() for parameter in self.policy.parameters()]
             torch._foreach_lerp_(old, new, 1 - self.exploration.average)
         self.average.version = self.policy.version
+
+    @property
+    def _is_reported(self) -> bool:
+        """Whether this iteration's metrics are logged: at their own interval, and with every evaluation."""
+        evaluated = self.evaluate is not None and self._is_due(self.training.evaluate_every)
+        return evaluated or self._is_due(self.training.log_every)
 
     def _is_due(self, every: int) -> bool:
         return self.iteration % every == 0 or self.iteration == self.training.iterations

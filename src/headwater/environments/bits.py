@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from headwater.environments.base import Environment, Objects
+from headwater.environments.rows import integer_rows
 from headwater.environments.sequences import Sequences
 from headwater.environments.slots import Slots
 
@@ -137,7 +137,5 @@ def _to_bits(states: Tensor, word: int) -> Tensor:
 
 
 def _to_words(objects: Objects, length: int, word: int) -> Tensor:
-    bits = torch.as_tensor(np.asarray(objects), dtype=torch.int64)
-    if bits.ndim != 2 or bits.shape[1] != length * word or ((bits != 0) & (bits != 1)).any():
-        raise ValueError(f"objects must be [T, {length * word}] of 0 and 1, got shape {tuple(bits.shape)}")
+    bits = integer_rows(objects, length * word, 2).long()
     return (bits.view(-1, length, word) << torch.arange(word - 1, -1, -1)).sum(2).to(torch.int32)

@@ -15,6 +15,7 @@ from numba import njit
 from torch import Tensor
 
 from headwater.environments.base import Environment, Native, Objects, Tokens
+from headwater.environments.rows import integer_rows
 
 
 class Hypergrid(Environment):
@@ -64,12 +65,7 @@ class Hypergrid(Environment):
         return states
 
     def states(self, objects: Objects) -> Tensor:
-        states = torch.as_tensor(np.asarray(objects), dtype=torch.int32).reshape(-1, self.dimensions)
-        outside = ((states < 0) | (states >= self.side)).any(1)
-        if outside.any():
-            bad = tuple(states[outside][0].tolist())
-            raise ValueError(f"grid cell {bad} lies outside 0 .. {self.side - 1}")
-        return states
+        return integer_rows(objects, self.dimensions, self.side)
 
     def log_path_count(self, states: Tensor) -> Tensor:
         steps = states.to(torch.float64)

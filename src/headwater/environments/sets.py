@@ -72,8 +72,11 @@ class Sets(Environment):
         for row, value in enumerate(objects):
             chosen = list(cast("Collection[object]", value))
             unknown = [item for item in chosen if item not in number]
-            if unknown or len(set(chosen)) != len(chosen) or len(chosen) > self.size:
-                raise ValueError(f"{value!r} is no set of at most {self.size} of the items")
+            fits = len(chosen) == self.size if self.exact else len(chosen) <= self.size
+            if unknown or len(set(chosen)) != len(chosen) or not fits:
+                raise ValueError(
+                    f"{value!r} is no set of {'exactly' if self.exact else 'at most'} {self.size} of the items"
+                )
             states[row, [number[item] for item in chosen]] = 1
         return states
 

@@ -8,6 +8,7 @@ from numba import njit
 from torch import Tensor
 
 from headwater.environments.base import Environment, Native, Objects, Tokens
+from headwater.environments.rows import integer_rows
 
 
 class Slots(Environment):
@@ -59,11 +60,7 @@ class Slots(Environment):
         return states
 
     def states(self, objects: Objects) -> Tensor:
-        states = torch.as_tensor(np.asarray(objects), dtype=torch.int32).reshape(-1, self.length)
-        outside = ((states < 0) | (states >= self.symbols)).any(1)
-        if outside.any():
-            raise ValueError(f"{tuple(states[outside][0].tolist())} has a symbol outside 0 .. {self.symbols - 1}")
-        return states
+        return integer_rows(objects, self.length, self.symbols)
 
     def log_path_count(self, states: Tensor) -> Tensor:
         return torch.lgamma((states != self.symbols).sum(1).double() + 1)

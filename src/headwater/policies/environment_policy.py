@@ -216,6 +216,9 @@ class RelativePolicy(Policy):
         self.posterior = copy.deepcopy(prior)
         with torch.no_grad():
             self.posterior.log_z.zero_()
+            if prior.condition_size:  # the prior's own log Z(c) would be an offset to unlearn
+                for parameter in self.posterior.log_z_of_condition[-1].parameters():
+                    parameter.zero_()
         self.prior = copy.deepcopy(prior).requires_grad_(False)
 
     @property

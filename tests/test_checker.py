@@ -247,6 +247,17 @@ class Forgetful(Grid):
         return torch.rand(states.shape)
 
 
+class LosesCount(Hypergrid):
+    """Rows past the thirtieth are answered otherwise: no row by itself shows it."""
+
+    def __init__(self) -> None:
+        super().__init__(dimensions=2, side=8)
+        self.native = None
+
+    def features(self, states: Tensor) -> Tensor:
+        return states * (torch.arange(len(states)) < 30)[:, None]
+
+
 class WrongInverse(Grid):
     def states(self, objects: Objects) -> Tensor:
         return super().states(objects).flip(1)
@@ -373,6 +384,7 @@ FAULTS: list[tuple[Callable[[], Environment], str, str]] = [
     (SkipsOnTheWayBack, "reachable", "ends elsewhere"),
     (BatchNormalised, "batch", "features"),
     (Forgetful, "batch", "features"),
+    (LosesCount, "batch", "features"),
     (WrongInverse, "objects", "is another state"),
     (SameObject, "distinct", "the same object"),
     (WrongCount, "paths", "log_path_count"),

@@ -206,3 +206,21 @@ def test_a_conditional_run_samples_at_a_given_temperature(tmp_path: Path) -> Non
     headwater("train", "hypergrid", "--out", "run", *flags, cwd=tmp_path)
     headwater("sample", "run", "--count", "10", "--condition", "1.5", cwd=tmp_path)
     assert "takes 1" in headwater("sample", "run", "--condition", "1", "2", cwd=tmp_path, expect=2).stderr
+
+
+def test_maximum_likelihood_learns_from_a_file_of_given_objects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "words.txt").write_text("ACAC\nACAC\nGTGT\n")
+    (tmp_path / "mine.py").write_text("def score(words):\n    return [1.0] * len(words)\n")
+    flags = ["--function", "mine:score", "--length", "4", "--objective.name", "mle", "--network.width", "32", "--quiet"]
+    refused = headwater("train", "sequences", *flags, cwd=tmp_path, expect=2)
+    assert "given" in refused.stdout + refused.stderr
+    more = ["--given", "words.txt", "--training.iterations", "200", "--training.learning-rate", "0.01", "--out", "run"]
+    headwater("train", "sequences", *flags, *more, cwd=tmp_path)
+    drawn = Sampler.load(tmp_path / "run").sample(300).objects
+    assert drawn.count("ACAC") > drawn.count("GTGT") > 60
+    (tmp_path / "words.txt").write_text("ACAC\nACXX\n")
+    assert "line 2" in headwater("train", "sequences", *flags, "--given", "words.txt", cwd=tmp_path, expect=2).stderr
+    assert not (tmp_path / "runs").exists()

@@ -29,6 +29,7 @@ def train(recipe: Recipe, name: str, folder: Path, command: Sequence[str] = (), 
     """Train a new run in `folder`, then draw samples, evaluate and write the report. Files that settings name are
     copied into it.
     """
+    recipe.problem(), recipe.given_states()  # what is wrong with a file or a reward shows before there is a folder
     run = Run.create(folder, name, recipe.settings(), list(command), recipe.seed)
     return _train(_keep_inputs(recipe, run, name), run, progress_bar)
 
@@ -71,7 +72,7 @@ def _train(recipe: Recipe, run: Run, progress_bar: bool) -> Trainer:
     problem = recipe.problem()
     trainer = Trainer(
         problem.policy, problem.reward, problem.conditions, recipe.objective, recipe.training, recipe.exploration,
-        recipe.replay, recipe.seed, run, _quick_evaluation(recipe),
+        recipe.replay, recipe.seed, run, _quick_evaluation(recipe), recipe.given_states(),
     )  # fmt: skip
     checkpoint = run.latest_checkpoint()
     run.forget_metrics_after(checkpoint.iteration if checkpoint else 0)
@@ -132,7 +133,7 @@ def _evaluation(run: Run, sampler: Sampler) -> dict[str, object]:
         condition = sampler.condition()
         if exact is not None:
             drawn = policy.sample(condition.expand(TEST_OBJECTS, -1), generator=generator)
-            figures |= exact.empirical_total_variation(policy.final_states(drawn), recipe.seed)
+            figures |= exact.empirical_total_variation(policy.final_states(drawn))
         figures |= _correlations(sampler, samples, generator)
         calls = int(float(rows[-1].get("reward_calls", 0))) if rows else 0
         if exact is None and calls:

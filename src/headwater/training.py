@@ -116,7 +116,11 @@ class NonFiniteLoss(RuntimeError):
 
 
 class Trainer:
-    """Trains `policy` on `reward`. With a run folder it logs, checkpoints and resumes; without one it only learns."""
+    """Trains `policy` on `reward`. With a run folder it logs, checkpoints and resumes; without one it only learns.
+
+    given: final states `[N, width]` of objects to learn from, in the place of drawing new ones; the objective "mle"
+    needs them, every other may take them.
+    """
 
     def __init__(
         self,
@@ -130,6 +134,7 @@ class Trainer:
         seed: int = 0,
         run: Run | None = None,
         evaluate: Evaluate | None = None,
+        given: Tensor | None = None,
     ) -> None:
         self.policy, self.objective, self.training = policy, objective, training
         self.exploration = exploration or ExplorationSettings()
@@ -139,7 +144,7 @@ class Trainer:
         self.average = copy.deepcopy(policy).requires_grad_(False) if self.exploration.average else None
         self.search = InlineSearch(
             self.average or policy, reward, conditions, self.replay, self.generator, training.group_size,
-            objective.needs_step_rewards,
+            objective.needs_step_rewards, given,
         )  # fmt: skip
         self.optimizer = self._optimizer()
         self.iteration = 0

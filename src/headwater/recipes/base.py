@@ -72,6 +72,10 @@ class Recipe(ABC):
         seeds.
         """
 
+    def given_states(self) -> Tensor | None:
+        """Objects to learn from in the place of drawing new ones, as final states `[N, width]`; None to draw."""
+        return None
+
     def default_condition(self) -> Tensor | None:
         """The condition row `[1, C]` that samples and evaluations ask for unless told otherwise; None without
         conditions.
@@ -127,6 +131,16 @@ class EnvironmentRecipe(Recipe):
     """The backward policy."""
     inverse_temperatures: tuple[float, float] | None = None
     """Learn R(x)^beta for every beta in this range with one sampler."""
+    given: Path | None = None
+    """Text file with one object a line, to learn from in the place of drawing new ones; the objective mle needs it."""
+
+    def __post_init__(self) -> None:
+        if self.objective.name == "mle" and self.given is None:
+            raise ValueError("objective mle learns from given objects: name a file of them with given")
+        if self.objective.name == "vargrad" and self.inverse_temperatures and self.training.group_size < 2:
+            raise ValueError(
+                "objective vargrad compares trajectories of one condition: training.group_size must be 2 or more"
+            )
 
     @abstractmethod
     def environment(self) -> Environment:
@@ -135,6 +149,25 @@ class EnvironmentRecipe(Recipe):
     @abstractmethod
     def base_reward(self) -> Reward:
         """The reward at inverse temperature 1."""
+
+    def objects(self, lines: Sequence[str]) -> Objects:
+        """The inverse of `text`."""
+        return lines
+
+    def given_states(self) -> Tensor | None:
+        """Final states of the objects in the file `given`. Raises ValueError naming the file and the line."""
+        if self.given is None:
+            return None
+        environment, rows = self.environment(), []
+        for number, line in enumerate(self.given.read_text().splitlines(), 1):
+            if line.strip():
+                try:
+                    rows.append(environment.states(self.objects([line.strip()])))
+                except ValueError as error:
+                    raise ValueError(f"{self.given}, line {number}: {error}") from error
+        if not rows:
+            raise ValueError(f"{self.given}: no objects in it")
+        return torch.cat(rows)
 
     def problem(self) -> Problem:
         conditions: Conditions = NoCondition()

@@ -4,8 +4,11 @@ any order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, cast
+
+import torch
 
 from headwater.environments.base import Environment, Objects
 from headwater.environments.bits import BitReward, bit_sequences, hidden_modes
@@ -49,7 +52,11 @@ class BitsRecipe(EnvironmentRecipe):
     def base_reward(self) -> Reward:
         return BitReward(hidden_modes(self.bits, seed=self.mode_seed), self.reward, self.strength)
 
+    def objects(self, lines: Sequence[str]) -> Objects:
+        return torch.tensor([[int(bit) for bit in line] for line in lines])
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.environment()
         self.base_reward()
 

@@ -4,11 +4,14 @@ beside it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
+import torch
 
+from headwater.environments.base import Objects
 from headwater.environments.hypergrid import Hypergrid, HypergridReward
 from headwater.policies.environment_policy import Backward
 from headwater.recipes.base import EnvironmentRecipe
@@ -51,7 +54,11 @@ class HypergridRecipe(EnvironmentRecipe):
     def base_reward(self) -> Reward:
         return HypergridReward(self.side, self.r0, self.r1, self.r2, self.family)
 
+    def objects(self, lines: Sequence[str]) -> Objects:
+        return torch.tensor([[int(value) for value in line.split()] for line in lines])
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.environment()
         self.base_reward()
 

@@ -55,6 +55,7 @@ class SequencesRecipe(EnvironmentRecipe):
     """How long and how fast to learn."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.table is None) == (self.function is None):
             raise ValueError("give either table (a CSV or Parquet file of scores) or function (module:function)")
         self.environment()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from headwater.conditions import Conditions
 from headwater.objectives import STEP_REWARD
@@ -20,7 +21,8 @@ class InlineSearch:
     """Draws with `policy`, scores with `reward`, and adds what was scored to `replay`.
 
     group_size: how many trajectories share one condition. step_rewards: also score every state on the way, for the
-    objectives that ask for it. failed, drawn: trajectories so far whose reward failed, and all of them.
+    objectives that ask for it. given: final states `[N, width]` of objects to walk back from, in the place of drawing
+    new ones. failed, drawn: trajectories so far whose reward failed, and all of them.
     """
 
     policy: Policy
@@ -30,6 +32,7 @@ class InlineSearch:
     generator: torch.Generator
     group_size: int = 1
     step_rewards: bool = False
+    given: Tensor | None = None
     failed: int = 0
     drawn: int = 0
 
@@ -37,14 +40,22 @@ class InlineSearch:
         """Draw `count` trajectories; the scored ones are returned and remembered, those whose reward failed are
         dropped.
         """
-        condition = self.conditions.draw(count, self.group_size, self.generator)
-        drawn = self.policy.sample(condition, exploration, self.generator)
-        scored = self.score(drawn)
+        scored = self.score(self.draw(count, exploration))
         self.drawn += count
         self.failed += count - len(scored)
         if self.replay is not None:
             self.replay.add(scored.select(scored.log_reward.isfinite()))  # an infinite one is the loss's to refuse
         return scored
+
+    def draw(self, count: int, exploration: Exploration) -> Trajectories:
+        """`count` trajectories, not yet scored."""
+        condition = self.conditions.draw(count, self.group_size, self.generator)
+        if self.given is None:
+            return self.policy.sample(condition, exploration, self.generator)
+        if not isinstance(self.policy, EnvironmentPolicy):
+            raise ValueError("learning from given objects needs a policy over an environment")
+        chosen = torch.randint(len(self.given), (count,), generator=self.generator)
+        return self.policy.sample_to(self.given[chosen], condition, self.generator)
 
     def score(self, drawn: Trajectories) -> Trajectories:
         """Give the trajectories their log-rewards and drop those whose reward failed."""

@@ -53,6 +53,7 @@ class RnaRecipe(EnvironmentRecipe):
     """How the search departs from the policy."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given = [name for name in ("targets", "landscape", "structure") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given; only one of targets, landscape and structure may be")

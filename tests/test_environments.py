@@ -25,6 +25,7 @@ from headwater.environments import (
     check_environment,
 )
 from headwater.environments.graph import enumerate_states
+from headwater.policies import EnvironmentPolicy
 from headwater.policies.base import Exploration
 from headwater.policies.rollout import Walk, walk_backward, walk_forward
 
@@ -317,3 +318,19 @@ def test_the_deceptive_reward_by_hand() -> None:
     log_reward = HypergridReward(8, 1e-5, 0.1, 2.0, family="deceptive")(cells, torch.zeros(6, 0))
     lure, moat, mode = 0.10001, 1e-5, 2.00001
     assert log_reward.exp().tolist() == pytest.approx([lure, lure, lure, moat, mode, moat], rel=1e-4)
+
+
+def test_a_subclass_that_changes_a_rule_is_walked_by_its_own_rule() -> None:
+    class NoFirstItem(Sets):
+        def forward_mask(self, states: torch.Tensor) -> torch.Tensor:
+            mask = super().forward_mask(states)
+            mask[:, 0] = False
+            return mask
+
+    environment = NoFirstItem(4, 2)
+    assert Sets(4, 2).rules is not None
+    assert environment.rules is None
+    policy = EnvironmentPolicy(environment)
+    drawn = policy.objects(policy.sample(torch.empty(200, 0)))
+    assert all(0 not in items for items in drawn)  # type: ignore[operator]
+    assert check_environment(environment).ok

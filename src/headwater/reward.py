@@ -210,6 +210,11 @@ class TemperedReward:
     reward: Reward
     column: int = 0
 
+    @property
+    def evaluated(self) -> int | None:
+        """What a cache below has evaluated so far; None where there is no cache."""
+        return getattr(self.reward, "evaluated", None)
+
     def __call__(self, objects: Objects, condition: Tensor) -> Tensor:
         if not 0 <= self.column < condition.shape[1]:
             raise ValueError(f"column is {self.column}, the condition has {condition.shape[1]} columns")

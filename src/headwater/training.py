@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -149,6 +150,7 @@ class Trainer:
         self.optimizer = self._optimizer()
         self.iteration = 0
         self.seconds = 0.0
+        self.calls_before = 0
         self.interrupted = False
 
     @property
@@ -249,15 +251,19 @@ class Trainer:
         return self.iteration % every == 0 or self.iteration == self.training.iterations
 
     def _bookkeeping(self) -> Metrics:
-        counts: Metrics = {
+        return {
             "iteration": self.iteration,
             "trajectories": self.search.drawn,
             "trajectories_per_second": self.search.drawn / max(self.seconds, 1e-9),
             "seconds": self.seconds,
             "failed": self.search.failed,
-            "reward_calls": getattr(self.search.reward, "evaluated", self.search.drawn),
+            "reward_calls": self._reward_calls(),
         }
-        return counts
+
+    def _reward_calls(self) -> int:
+        """Objects that the reward was really asked for, over all the sessions of a resumed run."""
+        evaluated = getattr(self.search.reward, "evaluated", None)
+        return self.search.drawn if evaluated is None else self.calls_before + int(evaluated)
 
     def _refuse(self, batch: Trajectories, loss: Tensor, gradient_norm: Tensor) -> None:
         where = ""
@@ -295,6 +301,7 @@ class Trainer:
             "drawn": self.search.drawn,
             "failed": self.search.failed,
             "seconds": self.seconds,
+            "reward_calls": self._reward_calls(),
         }
         return Checkpoint(self.iteration, tensors, state)
 
@@ -318,6 +325,7 @@ class Trainer:
                 int(str(checkpoint.state["failed"])),
             )
             self.seconds = float(str(checkpoint.state["seconds"]))
+            self.calls_before = int(str(checkpoint.state["reward_calls"]))
             self.policy.version = self.sampler.version = int(str(checkpoint.state["version"]))
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"the checkpoint does not fit these settings: {error}") from error
@@ -350,7 +358,10 @@ class _Log:
     def __init__(self, run: Run | None, total: int, done: int, progress_bar: bool) -> None:
         self.run = run
         self.events = SummaryWriter(str(run.folder / "events")) if run else None
-        self.bar = tqdm(total=total, initial=done, disable=not progress_bar, unit="it", dynamic_ncols=True)
+        self.bar = tqdm(
+            total=total, initial=done, disable=not progress_bar, unit="it", dynamic_ncols=True,
+            mininterval=0.2 if sys.stderr.isatty() else 10,
+        )  # fmt: skip
 
     def __enter__(self) -> _Log:
         return self

@@ -49,6 +49,7 @@ class Native:
     step(state, action, constants):       apply a forward action other than exit, in place.
     backward_mask(state, constants, out): write the legality of each backward action into the bool array `out`.
     backward_step(state, backward_action, constants) -> action: undo in place; return the forward action that redoes it.
+    owner: the class whose tensor methods these are.
     """
 
     forward_mask: Callable[..., None]
@@ -56,6 +57,10 @@ class Native:
     backward_mask: Callable[..., None]
     backward_step: Callable[..., int]
     constants: np.ndarray
+    owner: type[Environment]
+
+
+_RULES = ("forward_mask", "step", "backward_mask", "backward_step", "forward_action")
 
 
 class Environment(ABC):
@@ -72,6 +77,14 @@ class Environment(ABC):
     max_steps: int
     feature_type: Tokens | Dense
     native: Native | None = None
+
+    @property
+    def rules(self) -> Native | None:
+        """The native rules; None where there are none, or a subclass has overridden a method that they stand for."""
+        if self.native is None:
+            return None
+        current = all(getattr(type(self), name) is getattr(self.native.owner, name) for name in _RULES)
+        return self.native if current else None
 
     @property
     def exit_action(self) -> int:

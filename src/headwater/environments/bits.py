@@ -6,6 +6,7 @@ generator of whoever draws them, so only results on the same mode set compare.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -62,7 +63,7 @@ def bit_sequences(bits: int = 120, word: int = 8, construction: Literal["append"
 
 
 def hidden_modes(bits: int = 120, count: int = 60, seed: int = 0) -> Tensor:
-    """`count` modes, each of `bits` / 8 blocks drawn from `MODE_BLOCKS`: uint8 `[count, bits]`."""
+    """`count` modes, each of `bits` / 8 blocks drawn from `MODE_BLOCKS`: uint8 `[count, bits]`; short ones repeat."""
     if bits < 8 or bits % 8:
         raise ValueError(f"bits = {bits}: must be a multiple of 8, the length of a mode's block")
     blocks = torch.tensor([[int(bit) for bit in block] for block in MODE_BLOCKS], dtype=torch.uint8)
@@ -83,13 +84,13 @@ def flipped_modes(modes: Tensor, seed: int = 0) -> Tensor:
 
 def mode_distances(objects: Tensor, modes: Tensor) -> Tensor:
     """Hamming distance of each object `[T, n]` to each mode `[M, n]`: int64 `[T, M]`."""
-    a, b = objects.float(), modes.float()
+    a, b = objects.float(), modes.to(objects.device).float()
     return (a.sum(1)[:, None] + b.sum(1)[None] - 2 * a @ b.T).round().long()
 
 
 def modes_found(objects: Tensor, modes: Tensor, within: int = FOUND_WITHIN) -> int:
-    """How many modes have an object within the Hamming distance `within`."""
-    return int((mode_distances(objects, modes) <= within).any(0).sum())
+    """How many different modes have an object within the Hamming distance `within`."""
+    return int((mode_distances(objects, torch.unique(modes, dim=0)) <= within).any(0).sum())
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,8 @@ class BitReward:
     def __post_init__(self) -> None:
         if self.form not in _PUBLISHED_STRENGTH:
             raise ValueError(f"form = {self.form!r}: must be one of {', '.join(_PUBLISHED_STRENGTH)}")
-        if self.strength is not None and not self.strength > 0:
-            raise ValueError(f"strength = {self.strength}: must be positive")
+        if self.strength is not None and not 0 < self.strength < math.inf:
+            raise ValueError(f"strength = {self.strength}: must be positive and finite")
 
     def __call__(self, objects: Objects, condition: Tensor) -> Tensor:
         """Log-reward of bits `[T, n]`: float32 `[T]`."""

@@ -34,7 +34,7 @@ class Hypergrid(Environment):
         self.max_steps = dimensions * (side - 1) + 1
         self.feature_type = Tokens(length=dimensions, vocabulary=side)
         constants = np.array([side], dtype=np.int64)
-        self.native = Native(_forward_mask, _step, _backward_mask, _backward_step, constants)
+        self.native = Native(_forward_mask, _step, _backward_mask, _backward_step, constants, Hypergrid)
 
     def initial(self, count: int) -> Tensor:
         return torch.zeros(count, self.dimensions, dtype=torch.int32)

@@ -25,7 +25,7 @@ class Sequences(Environment):
     actions `0 .. k - 1` append, `k .. 2 k - 1` prepend (never to the empty string), and a backward action drops the
     last or the first symbol.
     allowed: with "append", bool `[max_length, k]`, the symbols that may stand in each place; at least one in each.
-    Symbols are strings of one common length. Subclasses may narrow `forward_mask`, with `native = None`, as long as
+    Symbols are strings of one common length. Subclasses may narrow `forward_mask`, as long as
     every symbol that is forbidden in a state stays forbidden on every way to the objects beyond it.
     """
 
@@ -38,7 +38,12 @@ class Sequences(Environment):
         allowed: Tensor | None = None,
     ) -> None:
         min_length = max_length if min_length is None else min_length
-        if not alphabet or len(set(alphabet)) != len(alphabet) or len({len(symbol) for symbol in alphabet} - {0}) != 1:
+        if (
+            not alphabet
+            or len(set(alphabet)) != len(alphabet)
+            or len({len(symbol) for symbol in alphabet}) != 1
+            or not alphabet[0]
+        ):
             raise ValueError(f"alphabet = {list(alphabet)}: must be different symbols of one common length")
         if max_length < 1:
             raise ValueError(f"max_length = {max_length}: must be at least 1")
@@ -64,7 +69,7 @@ class Sequences(Environment):
         self._codes = np.array(self.alphabet)
         header = [size, min_length, int(self.both_ends)]
         constants = np.concatenate([header, self._allowed.flatten().numpy()]).astype(np.int64)
-        self.native = Native(_forward_mask, _step, _backward_mask, _backward_step, constants)
+        self.native = Native(_forward_mask, _step, _backward_mask, _backward_step, constants, Sequences)
 
     def lengths(self, states: Tensor) -> Tensor:
         """The number of symbols in each state: int64 `[N]`."""
@@ -123,9 +128,9 @@ class Sequences(Environment):
 
     def states(self, objects: Objects) -> Tensor:
         number = {symbol: index for index, symbol in enumerate(self.alphabet)}
-        size = len(self.alphabet[0])
-        states = self.initial(len(objects))
-        for row, value in enumerate(objects):
+        size, allowed = len(self.alphabet[0]), self._allowed.tolist()
+        rows = []
+        for value in objects:
             text = str(value)
             symbols = [number.get(text[i : i + size], -1) for i in range(0, len(text), size)]
             if -1 in symbols or not self.min_length <= len(symbols) <= self.max_length:
@@ -133,10 +138,10 @@ class Sequences(Environment):
                     f"{text!r} is no sequence of {self.min_length} to {self.max_length} "
                     f"symbols out of {' '.join(self.alphabet[:20])}"
                 )
-            if not all(self._allowed[place, symbol] for place, symbol in enumerate(symbols)):
+            if not all(allowed[place][symbol] for place, symbol in enumerate(symbols)):
                 raise ValueError(f"{text!r} has a symbol in a place where it is not allowed")
-            states[row, : len(symbols)] = torch.tensor(symbols, dtype=torch.int32)
-        return states
+            rows.append(symbols + [self.empty] * (self.max_length - len(symbols)))
+        return torch.tensor(rows, dtype=torch.int32).reshape(-1, self.max_length)
 
     def log_path_count(self, states: Tensor) -> Tensor:
         if not self.both_ends:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import cast
 
 import numpy as np
@@ -17,7 +17,7 @@ class Sets(Environment):
     """Subsets of `items` with at most `size` of them, or exactly `size`. Objects are sorted tuples of items.
 
     A state is one 0 or 1 an item; action i adds item i, backward action i takes it out. A subclass that forbids
-    combinations overrides `forward_mask` alone and sets `native = None`: whatever may be built can be taken apart in
+    combinations overrides `forward_mask` alone: whatever may be built can be taken apart in
     every order.
     """
 
@@ -35,7 +35,7 @@ class Sets(Environment):
         self.max_steps = size + 1
         self.feature_type = Tokens(length=count, vocabulary=2)
         constants = np.array([size, int(exact)], dtype=np.int64)
-        self.native = Native(_forward_mask, _step, _backward_mask, _backward_step, constants)
+        self.native = Native(_forward_mask, _step, _backward_mask, _backward_step, constants, Sets)
 
     def initial(self, count: int) -> Tensor:
         return torch.zeros(count, self.width, dtype=torch.int32)
@@ -70,8 +70,8 @@ class Sets(Environment):
         number = {item: index for index, item in enumerate(self.items)}
         states = self.initial(len(objects))
         for row, value in enumerate(objects):
-            chosen = list(cast("Collection[object]", value))
-            unknown = [item for item in chosen if item not in number]
+            chosen = list(cast("Collection[Hashable]", value))
+            unknown = [item for item in chosen if not isinstance(item, Hashable) or item not in number]
             fits = len(chosen) == self.size if self.exact else len(chosen) <= self.size
             if unknown or len(set(chosen)) != len(chosen) or not fits:
                 raise ValueError(

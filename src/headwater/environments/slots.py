@@ -28,7 +28,9 @@ class Slots(Environment):
         self.n_backward_actions = length
         self.max_steps = length + 1
         self.feature_type = Tokens(length=length, vocabulary=symbols + 1)
-        self.native = Native(_forward_mask, _step, _backward_mask, _backward_step, np.array([symbols], dtype=np.int64))
+        self.native = Native(
+            _forward_mask, _step, _backward_mask, _backward_step, np.array([symbols], dtype=np.int64), Slots
+        )
 
     def initial(self, count: int) -> Tensor:
         return torch.full((count, self.length), self.symbols, dtype=torch.int32)

@@ -77,7 +77,7 @@ class Watched(Environment):
     """
 
     def __init__(self, environment: Environment) -> None:
-        self.inner, self.native = environment, environment.native
+        self.inner, self.native = environment, environment.rules
         self.impure: list[Fault] = []
         for name in ("n_actions", "n_backward_actions", "width", "max_steps", "feature_type"):
             setattr(self, name, getattr(environment, name))

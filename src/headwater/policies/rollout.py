@@ -65,7 +65,7 @@ def walk_backward(environment: Environment, logits: Logits, states: Tensor, gene
 
 
 def _is_native(environment: Environment, states: Tensor) -> bool:
-    return environment.native is not None and states.device.type == "cpu"
+    return environment.rules is not None and states.device.type == "cpu"
 
 
 # The reference: tensors, any device.
@@ -209,8 +209,8 @@ def _native_backward(environment: Environment, logits: Logits, states: Tensor, g
 
 
 def _rules(environment: Environment) -> Native:
-    assert environment.native is not None
-    return environment.native
+    assert environment.rules is not None
+    return environment.rules
 
 
 @njit(nogil=True)

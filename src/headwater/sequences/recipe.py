@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -151,8 +150,8 @@ class RnaRecipe(EnvironmentRecipe):
         )
 
     def _score(self, design: str) -> str:
-        values = self.columns([design])
-        return ", ".join(f"{escape(name.replace('_', ' '))} {column[0]}" for name, column in values.items())
+        name, values = next(iter(self.columns([design]).items()))
+        return f"{name.replace('_', ' ')} {values[0]}"
 
     def _drawing(self, design: str) -> str:
         from headwater.sequences.figures import duplex_svg, structure_svg

@@ -63,7 +63,7 @@ def report(folder: Path) -> Path:
         defaults = type(sampler.recipe)().settings()
     except ValueError:  # a recipe that cannot do without some setting
         defaults = None
-    return write_report(run, sampler.recipe.sections(run, sampler), defaults)
+    return write_report(run, sampler.recipe.sections(run, sampler.problem.policy), defaults)
 
 
 def _train(recipe: Recipe, run: Run, progress_bar: bool) -> Trainer:
@@ -103,14 +103,13 @@ def _quick_evaluation(recipe: Recipe) -> Evaluate:
     """What is measured again and again while training: on random numbers of its own, and with rewards that are not
     counted.
     """
-    twin = Sampler(recipe, recipe.problem())
-    exact = twin.exact_distribution
+    twin, exact = recipe.problem(), recipe.exact_distribution()
 
     def measure(policy: Policy) -> Metrics:
         if exact is not None:
             return dict(exact.compare(policy))
         generator = torch.Generator().manual_seed(recipe.seed + 1)
-        return dict(evaluation.bounds(policy, twin.problem.reward, recipe.default_condition(), 128, generator))
+        return dict(evaluation.bounds(policy, twin.reward, recipe.default_condition(), 128, generator))
 
     return measure
 
@@ -121,7 +120,7 @@ def _evaluation(run: Run, sampler: Sampler) -> dict[str, object]:
     samples = run.samples() or sampler.sample(recipe.samples)
     rows = run.metrics()
     figures: dict[str, object] = {}
-    exact = sampler.exact_distribution
+    exact = recipe.exact_distribution()
     if exact is not None:
         figures |= exact.compare(policy)
         learned = [row["log_z"] for row in rows if "log_z" in row]

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from headwater.environments.graph import TooManyStates
-from headwater.evaluation import ExactDistribution, log_prob_of_states
+from headwater.evaluation import log_prob_of_states
 from headwater.policies import NO_EXPLORATION, EnvironmentPolicy
 from headwater.recipes import Problem, Recipe
 from headwater.runs import Run, Samples
 from headwater.settings import load_recipe
-
-ENUMERATION_LIMIT = 200_000
-"""Spaces of up to this many states are compared with their exact distribution."""
 
 
 class Sampler:
@@ -29,19 +24,6 @@ class Sampler:
 
     def __init__(self, recipe: Recipe, problem: Problem) -> None:
         self.recipe, self.problem = recipe, problem
-
-    @cached_property
-    def exact_distribution(self) -> ExactDistribution | None:
-        """The target distribution under the default condition, where the space is small enough to enumerate."""
-        if not isinstance(self.problem.policy, EnvironmentPolicy):
-            return None
-        try:
-            environment = self.problem.policy.environment
-            return ExactDistribution(
-                environment, self.problem.reward, self.recipe.default_condition(), ENUMERATION_LIMIT
-            )
-        except TooManyStates:
-            return None
 
     @staticmethod
     def load(folder: str | Path) -> Sampler:

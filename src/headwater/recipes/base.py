@@ -13,14 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from headwater.conditions import Conditions, InverseTemperature, NoCondition
 from headwater.environments.base import Environment, Objects
-from headwater.evaluation import best_and_different
+from headwater.environments.graph import TooManyStates
+from headwater.evaluation import ExactDistribution, best_and_different
 from headwater.objectives import Objective
 from headwater.policies import EnvironmentPolicy, Network, Policy
 from headwater.policies.environment_policy import Backward
@@ -30,10 +31,9 @@ from headwater.reward import CachedReward, Reward, TemperedReward
 from headwater.runs import Run, Samples, Setting
 from headwater.training import ExplorationSettings, Training
 
-if TYPE_CHECKING:
-    from headwater.sampler import Sampler
-
 GROUP = "headwater.recipes"
+ENUMERATION_LIMIT = 200_000
+"""Spaces of up to this many states are compared with their exact distribution."""
 
 
 @dataclass
@@ -72,6 +72,10 @@ class Recipe(ABC):
         seeds.
         """
 
+    def exact_distribution(self) -> ExactDistribution | None:
+        """The target distribution under the default condition, where the space is small enough to enumerate."""
+        return None
+
     def given_states(self) -> Tensor | None:
         """Objects to learn from in the place of drawing new ones, as final states `[N, width]`; None to draw."""
         return None
@@ -93,8 +97,8 @@ class Recipe(ABC):
         """Write the samples in the field's own formats too; returns the files."""
         return []
 
-    def sections(self, run: Run, sampler: Sampler) -> list[Section]:
-        """The report's sections of this domain: the objects drawn as the field draws them."""
+    def sections(self, run: Run, policy: Policy) -> list[Section]:
+        """The report's sections of this domain: the objects drawn as the field draws them. `policy` is trained."""
         return []
 
     least_distance: ClassVar[float] = 1
@@ -176,6 +180,13 @@ class EnvironmentRecipe(Recipe):
             conditions, reward = InverseTemperature(*self.inverse_temperatures), TemperedReward(reward)
         policy = EnvironmentPolicy(self.environment(), self.network, self.backward, conditions.size)
         return Problem(policy, reward, conditions)
+
+    def exact_distribution(self) -> ExactDistribution | None:
+        problem = self.problem()
+        try:
+            return ExactDistribution(self.environment(), problem.reward, self.default_condition(), ENUMERATION_LIMIT)
+        except TooManyStates:
+            return None
 
     def default_condition(self) -> Tensor | None:
         if self.inverse_temperatures is None:

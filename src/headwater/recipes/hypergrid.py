@@ -6,22 +6,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 
 from headwater.environments.base import Objects
 from headwater.environments.hypergrid import Hypergrid, HypergridReward
+from headwater.policies import Policy
 from headwater.policies.environment_policy import Backward
 from headwater.recipes.base import EnvironmentRecipe
 from headwater.report import Section
 from headwater.reward import Reward
 from headwater.runs import Run
 from headwater.training import Training
-
-if TYPE_CHECKING:
-    from headwater.sampler import Sampler
 
 
 @dataclass(frozen=True)
@@ -62,14 +60,14 @@ class HypergridRecipe(EnvironmentRecipe):
         self.environment()
         self.base_reward()
 
-    def sections(self, run: Run, sampler: Sampler) -> list[Section]:
+    def sections(self, run: Run, policy: Policy) -> list[Section]:
         """Learned against true distribution over the first two axes, the others summed out."""
         from headwater.report.figures import heat_maps
 
-        exact = sampler.exact_distribution
+        exact = self.exact_distribution()
         if exact is None or self.dimensions < 2:
             return []
-        learned = exact.log_probs(sampler.problem.policy).exp().numpy()
+        learned = exact.log_probs(policy).exp().numpy()
         cells = exact.states.numpy()
         maps = [np.zeros((self.side, self.side)) for _ in range(2)]
         for grid, probability in zip(maps, (learned, exact.probabilities.numpy()), strict=True):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from headwater.environments import Environment, Sequences
+from headwater.policies import Policy
 from headwater.recipes.base import EnvironmentRecipe
 from headwater.report import Section
 from headwater.reward import Reward
@@ -17,9 +18,6 @@ from headwater.sequences.diversity import edit_distances
 from headwater.sequences.environment import InverseFolding
 from headwater.sequences.reward import BindingReward, InverseFoldingReward
 from headwater.training import ExplorationSettings, Training
-
-if TYPE_CHECKING:
-    from headwater.sampler import Sampler
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ class RnaRecipe(EnvironmentRecipe):
         )
         return [path]
 
-    def sections(self, run: Run, sampler: Sampler) -> list[Section]:
+    def sections(self, run: Run, policy: Policy) -> list[Section]:
         from headwater.sequences.figures import logo_svg
 
         samples = run.samples()

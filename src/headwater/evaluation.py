@@ -23,7 +23,8 @@ from headwater.policies.environment_policy import EnvironmentPolicy, RelativePol
 from headwater.reward import Reward
 from headwater.trajectories import Trajectories
 
-_CHUNK = 16384
+_CHUNK = 16384  # states that a network sees at once
+_CHUNK_STEPS = 65536  # steps of trajectories that a network sees at once
 
 
 class ExactDistribution:
@@ -78,26 +79,28 @@ class ExactDistribution:
         uniform = torch.rand(count, generator=generator, dtype=torch.float64) * cumulative[-1]
         return self.states[torch.searchsorted(cumulative, uniform).clamp(max=len(self.states) - 1)]
 
-    def empirical_total_variation(self, states: Tensor, seed: int = 0) -> dict[str, float]:
+    def empirical_total_variation(self, states: Tensor) -> dict[str, float]:
         """Total variation of a sample of final states from the target, with its floor: what a perfect sampler would
-        show with as many draws."""
-        drawn = torch.cat([self.states, states])
-        groups = torch.unique(drawn, dim=0, return_inverse=True)[1]
-        counts = torch.bincount(groups[len(self.states) :], minlength=len(self.states)).double()[
-            groups[: len(self.states)]
-        ]
+        show with as many draws. Raises ValueError naming a state that cannot be reached."""
+        counts = torch.bincount(self.graph.rows(states), minlength=len(self.graph))[self.graph.terminal]
         return {
             "empirical_total_variation": float((counts / len(states) - self.probabilities).abs().sum() / 2),
-            "empirical_total_variation_floor": sampling_floor(self.probabilities.numpy(), len(states), seed),
+            "empirical_total_variation_floor": sampling_floor(self.probabilities, len(states)),
         }
 
 
-def sampling_floor(probabilities: NDArray[np.float64], count: int, seed: int = 0, repeats: int = 5) -> float:
-    """Mean total variation between a distribution and `count` draws from itself."""
-    generator = np.random.default_rng(seed)
-    exact = probabilities / probabilities.sum()
-    distances = [np.abs(generator.multinomial(count, exact) / count - exact).sum() / 2 for _ in range(repeats)]
-    return float(np.mean(distances))
+def sampling_floor(probabilities: Tensor, count: int) -> float:
+    """Expected total variation between a distribution (`[objects]`) and `count` draws from itself.
+
+    Half the sum of the mean absolute deviations of binomial counts, each by de Moivre's closed form
+    E|X - n p| = 2 n! / ((m - 1)! (n - m)!) p^m (1 - p)^(n - m + 1) with m = floor(n p) + 1.
+    """
+    p = probabilities.double().clamp(max=1.0)
+    n = torch.tensor(float(count), dtype=torch.float64)
+    m = (n * p).floor() + 1
+    log_ways = torch.lgamma(n + 1) - torch.lgamma(m) - torch.lgamma(n - m + 1)
+    deviations = 2 * (log_ways + torch.xlogy(m, p) + torch.special.xlog1py(n - m + 1, -p)).exp()
+    return float(deviations.sum() / (2 * n))
 
 
 def bounds(
@@ -113,12 +116,17 @@ def bounds(
     elbo: the mean log-weight of the sampler's own trajectories, at most log Z. log_z_estimate: importance-sampled log
     Z, with the half width of its 95 % interval. effective_sample_size: as a share of the draws, 0 to 1. eubo: the mean
     log-weight under the target, at least log Z: from exact draws where `exact` is given, else self-normalised from the
-    sampler's own, which is biased downward where the sampler misses modes.
+    sampler's own, which is biased downward where the sampler misses modes. All are NaN if the reward failed on every
+    draw. Of a RelativePolicy, Z is the sum of prior times reward, and `exact` must be the distribution of that.
     """
     asked = (torch.empty(1, 0) if condition is None else condition).expand(count, -1)
     drawn = policy.sample(asked, NO_EXPLORATION, generator)
     drawn = drawn.with_log_reward(reward(policy.objects(drawn), asked))
-    weights = _log_weights(policy, drawn.select(~drawn.log_reward.isnan()))
+    drawn = drawn.select(~drawn.log_reward.isnan())
+    if not len(drawn):
+        names = ("elbo", "eubo", "log_z_estimate", "log_z_interval", "effective_sample_size")
+        return dict.fromkeys(names, math.nan)
+    weights = _log_weights(policy, drawn)
     shares = weights.softmax(0)
     log_z = float(weights.logsumexp(0) - math.log(len(weights)))
     relative = (weights - log_z).exp()
@@ -148,9 +156,10 @@ def log_prob_of_states(
     environment_policy = _environment_policy(policy)
     if environment_policy.environment.n_backward_actions == 1:
         walks = 1
+    at_once = max(1, _CHUNK_STEPS // (walks * environment_policy.environment.max_steps))
     estimates = []
     with torch.no_grad():
-        for part, rows in zip(torch.split(states, 1024), torch.split(condition, 1024), strict=True):
+        for part, rows in zip(torch.split(states, at_once), torch.split(condition, at_once), strict=True):
             walked = environment_policy.sample_to(part.repeat(walks, 1), rows.repeat(walks, 1), generator)
             forward = walked.sum(environment_policy.log_probs(walked).forward.double())
             ratios = (forward - walked.log_behaviour.double()).view(walks, len(part))
@@ -193,8 +202,7 @@ def best_and_different(
 ) -> list[int]:
     """Indices of at most `count` objects among the `pool` best, best first, each at least `least` away from every
     better one chosen.
-
-    With a threshold on the reward these are its modes."""
+    """
     chosen: list[int] = []
     for index in best_distinct(log_reward, objects, pool):
         if all(distance(objects[index], objects[other]) >= least for other in chosen):
@@ -204,6 +212,21 @@ def best_and_different(
     return chosen
 
 
+def modes(
+    objects: Sequence[str],
+    log_reward: NDArray[np.float64],
+    threshold: float,
+    distance: Callable[[str, str], float],
+    least: float,
+) -> list[int]:
+    """Indices of the distinct objects with a log-reward of at least `threshold`, best first, each at least `least` away
+    from every better one: one a mode that was found.
+    """
+    high = np.flatnonzero(log_reward >= threshold).tolist()
+    chosen = best_and_different([objects[i] for i in high], log_reward[high], len(high), distance, least, len(high))
+    return [high[index] for index in chosen]
+
+
 def diversity(objects: Sequence[str], distance: Callable[[str, str], float]) -> float:
     """Mean distance over all pairs of objects; NaN for fewer than two."""
     distances = [distance(a, b) for index, a in enumerate(objects) for b in objects[:index]]
@@ -211,9 +234,11 @@ def diversity(objects: Sequence[str], distance: Callable[[str, str], float]) -> 
 
 
 def _log_weights(policy: Policy, trajectories: Trajectories) -> Tensor:
+    at_once = max(1, _CHUNK_STEPS // int(trajectories.lengths.max()))
+    parts = [trajectories.select(part) for part in torch.split(torch.arange(len(trajectories)), at_once)]
     with torch.no_grad():
-        ratio = path_log_ratio(policy.log_probs(trajectories), trajectories)
-    return (trajectories.log_reward - ratio).double()
+        ratio = torch.cat([path_log_ratio(policy.log_probs(part), part) for part in parts])
+    return trajectories.log_reward.double() - ratio.double()
 
 
 def _environment_policy(policy: Policy) -> EnvironmentPolicy:
@@ -225,7 +250,7 @@ def _environment_policy(policy: Policy) -> EnvironmentPolicy:
 
 
 def _entropy_terms(p: Tensor, q: Tensor) -> Tensor:
-    return torch.special.xlogy(p, p / q).nan_to_num(0.0).sum()
+    return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum()
 
 
 __all__ = [
@@ -236,5 +261,6 @@ __all__ = [
     "correlation",
     "diversity",
     "log_prob_of_states",
+    "modes",
     "sampling_floor",
 ]

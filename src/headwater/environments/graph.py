@@ -38,8 +38,7 @@ class StateGraph:
     states:     int32 `[M, width]`; row 0 is the initial state, and every step leads to a later row.
     source, target, action: int64 `[E]`, the steps, exit excepted; sorted by target.
     terminal:   bool `[M]`, the states that may exit.
-    levels:     groups of edges (rows of `source`), each holding all edges into some states. All edges into the sources
-    of
+    levels:     groups of edges (rows of `source`), each with all edges into some states. All edges into the sources of
                 a group come in earlier groups, and all edges out of its targets in later ones.
     """
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from headwater import Sampler
 from headwater.recipes import available, find
-from headwater.runs import Run
+from headwater.runs import Run, Samples
 
 SMALL = ["--dimensions", "2", "--side", "4", "--network.width", "16", "--training.log-every", "10", "--samples", "50"]
 
@@ -224,3 +224,11 @@ def test_maximum_likelihood_learns_from_a_file_of_given_objects(
     (tmp_path / "words.txt").write_text("ACAC\nACXX\n")
     assert "line 2" in headwater("train", "sequences", *flags, "--given", "words.txt", cwd=tmp_path, expect=2).stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_an_evaluation_counts_the_modes_that_were_found(trained: Path) -> None:
+    figures = Run.open(trained).evaluation()
+    assert figures["modes_total"] == 4
+    hit = find("hypergrid")(dimensions=2, side=8)  # type: ignore[call-arg]
+    objects, rewards = ["1 1", "6 1", "1 1", "3 3"], np.log([2.501, 2.501, 2.501, 0.001])
+    assert hit.measures(Samples(objects, rewards, np.zeros(4)))["modes"] == 2

@@ -127,7 +127,7 @@ def _evaluation(run: Run, sampler: Sampler) -> dict[str, object]:
         if learned:
             figures["log_z_gap"] = abs(float(learned[-1]) - exact.log_z)
     figures |= evaluation.bounds(policy, reward, recipe.default_condition(), 2000, generator, exact)
-    figures |= _sample_figures(recipe, samples)
+    figures |= _sample_figures(recipe, samples) | recipe.measures(samples)
     if isinstance(policy, EnvironmentPolicy):
         condition = sampler.condition()
         if exact is not None:

@@ -94,7 +94,7 @@ def _tensor_forward(
     records = [(states[:0], ids[:0], ids[:0])]  # so that no trajectory at all still has steps of the right kind
     mask = environment.forward_mask(states)
     while ids.numel():
-        uniform = torch.rand(ids.numel(), generator=generator, device=device)
+        uniform = _uniform(ids.numel(), generator, device)
         actions, drawn = draw(logits(states, ids)[:, : environment.n_actions].float(), mask, uniform, exploration)
         log_prob.index_add_(0, ids, drawn)
         records.append((states, actions, ids))
@@ -119,13 +119,18 @@ def _tensor_backward(environment: Environment, logits: Logits, states: Tensor, g
         states, ids, mask = states[going], ids[going], mask[going]
         if not ids.numel():
             return _packed(records[::-1], count, log_prob)
-        uniform = torch.rand(ids.numel(), generator=generator, device=device)
+        uniform = _uniform(ids.numel(), generator, device)
         offered = logits(states, ids)[:, : environment.n_backward_actions].float()
         backward_actions, drawn = draw(offered, mask, uniform, Exploration())
         log_prob.index_add_(0, ids, drawn)
         actions = environment.forward_action(states, backward_actions)
         states = environment.backward_step(states, backward_actions)
         records.append((states, actions, ids))
+
+
+def _uniform(count: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Random numbers from the run's generator, wherever that lives."""
+    return torch.rand(count, generator=generator, device=generator.device).to(device)
 
 
 def _packed(records: list[tuple[Tensor, Tensor, Tensor]], count: int, log_prob: Tensor) -> Walk:

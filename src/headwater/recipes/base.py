@@ -113,6 +113,10 @@ class Recipe(ABC):
         """Indices of the best and most different samples, at least `least_distance` apart."""
         return best_and_different(samples.objects, samples.log_reward, count, self.distance, self.least_distance)
 
+    def measures(self, samples: Samples) -> dict[str, float]:
+        """Further figures of the samples for the evaluation, such as the modes found."""
+        return {}
+
     def columns(self, objects: Sequence[str]) -> dict[str, list[object]]:
         """Further columns of a table of objects (given as text): what a person of the field wants to see of each."""
         return {}

@@ -11,10 +11,11 @@ from typing import ClassVar, Literal, cast
 import torch
 
 from headwater.environments.base import Environment, Objects
-from headwater.environments.bits import BitReward, bit_sequences, hidden_modes
+from headwater.environments.bits import BitReward, bit_sequences, hidden_modes, modes_found
 from headwater.policies import Network
 from headwater.recipes.base import EnvironmentRecipe, listed
 from headwater.reward import Reward
+from headwater.runs import Samples
 from headwater.training import ExplorationSettings, Training
 
 
@@ -59,6 +60,12 @@ class BitsRecipe(EnvironmentRecipe):
         super().__post_init__()
         self.environment()
         self.base_reward()
+
+    def measures(self, samples: Samples) -> dict[str, float]:
+        """Modes with a sample within a quarter of the bits, which is 30 of 120."""
+        modes = torch.unique(hidden_modes(self.bits, seed=self.mode_seed), dim=0)
+        drawn = torch.as_tensor(self.objects(samples.objects))
+        return {"modes": modes_found(drawn, modes, self.bits // 4), "modes_total": len(modes)}
 
     def text(self, objects: Objects) -> list[str]:
         return ["".join(map(str, bits)) for bits in cast("list[tuple[int, ...]]", listed(objects))]

@@ -4,6 +4,7 @@ beside it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -18,7 +19,7 @@ from headwater.policies.environment_policy import Backward
 from headwater.recipes.base import EnvironmentRecipe
 from headwater.report import Section
 from headwater.reward import Reward
-from headwater.runs import Run
+from headwater.runs import Run, Samples
 from headwater.training import Training
 
 
@@ -59,6 +60,15 @@ class HypergridRecipe(EnvironmentRecipe):
         super().__post_init__()
         self.environment()
         self.base_reward()
+
+    def measures(self, samples: Samples) -> dict[str, float]:
+        """The corners of the grid, 2^D, in whose band of highest reward a sample lies."""
+        high = samples.log_reward >= math.log(self.r0 + self.r1 + self.r2) - 1e-4
+        if self.family == "deceptive":
+            high = samples.log_reward >= math.log(self.r0 + self.r2) - 1e-4
+        cells = [samples.objects[index].split() for index in np.flatnonzero(high)]
+        corners = {tuple(2 * int(x) > self.side - 1 for x in cell) for cell in cells}
+        return {"modes": len(corners), "modes_total": 2**self.dimensions}
 
     def sections(self, run: Run, policy: Policy) -> list[Section]:
         """Learned against true distribution over the first two axes, the others summed out."""

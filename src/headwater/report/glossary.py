@@ -45,6 +45,8 @@ EVALUATION: dict[str, Term] = {
         "Pearson, random objects too", "The same with as many uniformly random objects beside the sampler's draws."
     ),
     "spearman_with_random_objects": Term("Spearman, random objects too", "The same of their ranks."),
+    "modes": Term("Modes found", "Distinct regions of high reward that the samples reach."),
+    "modes_total": Term("Modes in all", "Distinct regions of high reward that there are."),
     "samples": Term("Samples", "Objects drawn, repeats included."),
     "distinct_samples": Term("Distinct samples", "Different objects among them."),
     "empirical_total_variation": Term(

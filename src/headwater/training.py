@@ -261,7 +261,7 @@ class Trainer:
         }
 
     def _reward_calls(self) -> int:
-        """Objects that the reward was really asked for, over all the sessions of a resumed run."""
+        """Objects that the reward was really asked for, before and after a resume."""
         evaluated = getattr(self.search.reward, "evaluated", None)
         return self.search.drawn if evaluated is None else self.calls_before + int(evaluated)
 

@@ -142,7 +142,7 @@ def _gradient(policy: EnvironmentPolicy, loss: Tensor) -> tuple[Tensor, Tensor, 
     policy.zero_grad()
     loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
     assert policy.heads.weight.grad is not None
-    forward, backward, flow = policy.heads.weight.grad.split(policy.sizes)
+    forward, backward, flow = policy.heads.weight.grad.split(policy.sizes, dim=1)
     return forward.clone(), backward.clone(), flow.clone()
 
 

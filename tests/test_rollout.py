@@ -183,7 +183,7 @@ def test_objects_are_drawn_as_often_as_the_exact_distribution_says(environment: 
 
 def test_a_step_into_a_state_that_must_exit_ends_without_asking_the_network() -> None:
     environment = Sequences("AB", 2)
-    policy = random_policy(environment)
+    policy = random_policy(environment, torso="transformer")  # a native network cannot be watched
     asked: list[Tensor] = []
     policy.torso.register_forward_hook(lambda module, inputs, output: asked.append(inputs[0].clone()))
     policy.sample(empty(50), NO_EXPLORATION, seeded(10))

@@ -194,9 +194,8 @@ class Trainer:
         loss = self.objective(log_probs, batch)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        limit = self.training.clip_gradient or math.inf
-        gradient_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit)
-        if not (torch.isfinite(loss) and torch.isfinite(gradient_norm)):
+        gradient_norm = self._clip_gradient()
+        if not (math.isfinite(gradient_norm) and math.isfinite(loss.item())):
             self._refuse(batch, loss, gradient_norm)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * self.training.rate(progress)
@@ -212,7 +211,7 @@ class Trainer:
             "mean_log_reward": fresh.log_reward.mean().item(),
             "mean_reward": fresh.log_reward.exp().mean().item(),
             "mean_length": fresh.lengths.float().mean().item(),
-            "gradient_norm": gradient_norm.item(),
+            "gradient_norm": gradient_norm,
             "epsilon": exploration.epsilon,
         }
 
@@ -265,15 +264,22 @@ class Trainer:
         evaluated = getattr(self.search.reward, "evaluated", None)
         return self.search.drawn if evaluated is None else self.calls_before + int(evaluated)
 
-    def _refuse(self, batch: Trajectories, loss: Tensor, gradient_norm: Tensor) -> None:
+    def _clip_gradient(self) -> float:
+        """Scale the gradient down to the largest norm that is allowed; returns its norm before."""
+        gradients = [parameter.grad for parameter in self.policy.parameters() if parameter.grad is not None]
+        norm = torch.stack(torch._foreach_norm(gradients)).norm().item()
+        limit = self.training.clip_gradient
+        if limit and norm > limit and math.isfinite(norm):
+            torch._foreach_mul_(gradients, limit / norm)
+        return norm
+
+    def _refuse(self, batch: Trajectories, loss: Tensor, gradient_norm: float) -> None:
         where = ""
         if self.run_folder is not None:
             path = self.run_folder.folder / "non-finite-batch.safetensors"
             batch.save(path)
             where = f"; the batch is in {path}, the last good checkpoint is kept"
-        raise NonFiniteLoss(
-            f"iteration {self.iteration}: loss {loss.item()}, gradient norm {gradient_norm.item()}{where}"
-        )
+        raise NonFiniteLoss(f"iteration {self.iteration}: loss {loss.item()}, gradient norm {gradient_norm}{where}")
 
     # Checkpoints: all that one iteration hands to the next.
 

@@ -16,6 +16,7 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 
 Objects: TypeAlias = Tensor | Sequence[object]
@@ -123,9 +124,11 @@ class Environment(ABC):
     def forward_action(self, states: Tensor, backward_actions: Tensor) -> Tensor:
         """The action that leads from `backward_step(states, backward_actions)` to `states`: int64 `[N]`."""
 
-    @abstractmethod
     def features(self, states: Tensor) -> Tensor:
-        """What a network sees of each state, as `feature_type` says."""
+        """What a network sees of each state, as `feature_type` says: the state itself, as tokens, unless overridden.
+        A rollout on the CPU is fastest where it is not.
+        """
+        return states
 
     @abstractmethod
     def objects(self, states: Tensor) -> Objects:
@@ -145,8 +148,25 @@ def identity(states: Tensor) -> Tensor:
     """A 64-bit hash of each state row: int64 `[N]`. Equal rows have equal hashes on every device and in every
     process.
     """
-    value = torch.full((states.shape[0],), 0x51_7C_C1_B7_27_22_0A_95, dtype=torch.int64, device=states.device)
+    if states.device.type == "cpu" and states.dtype == torch.int32:
+        hashes = torch.empty(states.shape[0], dtype=torch.int64)
+        _hash_rows(states.detach().contiguous().numpy(), hashes.numpy())
+        return hashes
+    value = torch.full((states.shape[0],), _SEED, dtype=torch.int64, device=states.device)
     for column in states.to(torch.int64).unbind(1):
-        value = (value ^ column) * 0x2545F4914F6CDD1D  # int64 arithmetic wraps around: a multiplicative hash
+        value = (value ^ column) * _FACTOR  # int64 arithmetic wraps around: a multiplicative hash
         value = value ^ ((value >> 29) & 0x7_FFFF_FFFF)  # a logical shift: the arithmetic one would lose a bit a round
     return value
+
+
+_SEED, _FACTOR = 0x51_7C_C1_B7_27_22_0A_95, 0x2545F4914F6CDD1D
+
+
+@njit(nogil=True)
+def _hash_rows(states, out):  # type: ignore[no-untyped-def]
+    for i in range(states.shape[0]):
+        value = np.int64(_SEED)
+        for k in range(states.shape[1]):
+            value = (value ^ np.int64(states[i, k])) * np.int64(_FACTOR)
+            value = value ^ ((value >> 29) & np.int64(0x7_FFFF_FFFF))
+        out[i] = value

@@ -7,7 +7,7 @@ its code).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -58,9 +58,6 @@ class Hypergrid(Environment):
     def forward_action(self, states: Tensor, backward_actions: Tensor) -> Tensor:
         return backward_actions
 
-    def features(self, states: Tensor) -> Tensor:
-        return states
-
     def objects(self, states: Tensor) -> Objects:
         return states
 
@@ -79,7 +76,8 @@ class HypergridReward:
 
     original:  outer ring a > 0.25, thin band 0.3 < a < 0.4 (Bengio et al. 2021).
     deceptive: r0 + r1 - r1 * [every a > 0.1] + r2 * [every 0.3 < a < 0.4]: the centre lures, the modes lie beyond a
-    moat. Bands are decided in integers, so no cell depends on rounding.
+    moat. Each coordinate is inside, in the outer ring or in the band, decided in integers so that no cell depends on
+    rounding; the innermost coordinate decides.
     """
 
     side: int
@@ -87,6 +85,8 @@ class HypergridReward:
     r1: float = 0.5
     r2: float = 2.0
     family: str = "original"
+    _level: Tensor = field(init=False, repr=False, compare=False)
+    _log_reward: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.family not in ("original", "deceptive"):
@@ -96,16 +96,20 @@ class HypergridReward:
                 f"r0 = {self.r0}, r1 = {self.r1}, r2 = {self.r2}: r0 must be positive, the others not negative"
             )
 
+        index = torch.arange(self.side)
+        twice_a = (2 * index - (self.side - 1)).abs()  # a * 2 (H - 1), an integer
+        unit = 2 * (self.side - 1)
+        outer = 100 * twice_a > (25 if self.family == "original" else 10) * unit
+        band = (10 * twice_a > 3 * unit) & (10 * twice_a < 4 * unit)  # the band lies in the outer ring
+        object.__setattr__(self, "_level", outer.to(torch.int64) + band)
+        inside, ring = (0.0, self.r1) if self.family == "original" else (self.r1, 0.0)
+        levels = torch.tensor([inside, ring, ring + self.r2]) + self.r0
+        object.__setattr__(self, "_log_reward", levels.log())
+
     def __call__(self, objects: Objects, condition: Tensor) -> Tensor:
         """Log-reward of grid cells `[T, dimensions]`: float32 `[T]`."""
         cells = torch.as_tensor(objects)
-        twice_a = (2 * cells.to(torch.int64) - (self.side - 1)).abs()  # a * 2 (H - 1), an integer
-        unit = 2 * (self.side - 1)
-        band = ((10 * twice_a > 3 * unit) & (10 * twice_a < 4 * unit)).all(1)
-        threshold = 25 if self.family == "original" else 10
-        ring = (100 * twice_a > threshold * unit).all(1)
-        plateau = ring if self.family == "original" else ~ring
-        return (self.r0 + self.r1 * plateau.float() + self.r2 * band.float()).log()
+        return self._log_reward.to(cells.device)[self._level.to(cells.device)[cells].amin(1)]
 
 
 @njit(nogil=True)

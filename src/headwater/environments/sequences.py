@@ -66,7 +66,8 @@ class Sequences(Environment):
         self.max_steps = max_length + 1
         self.feature_type = Tokens(length=max_length, vocabulary=size + 1)
         self._allowed = torch.ones(max_length, size, dtype=torch.bool) if allowed is None else allowed.bool()
-        self._codes = np.array(self.alphabet)
+        points = [[ord(character) for character in symbol] for symbol in [*self.alphabet, "\0" * len(alphabet[0])]]
+        self._code_points = np.array(points, dtype=np.uint32)  # a string's trailing zeros are no part of it
         header = [size, min_length, int(self.both_ends)]
         constants = np.concatenate([header, self._allowed.flatten().numpy()]).astype(np.int64)
         self.native = Native(_forward_mask, _step, _backward_mask, _backward_step, constants, Sequences)
@@ -119,12 +120,10 @@ class Sequences(Environment):
             return last
         return torch.where(backward_actions == 1, states[:, 0].long() + self.empty, last)
 
-    def features(self, states: Tensor) -> Tensor:
-        return states
-
     def objects(self, states: Tensor) -> Objects:
-        rows, lengths = states.cpu().numpy(), self.lengths(states).tolist()
-        return ["".join(self._codes[row[:length]]) for row, length in zip(rows, lengths, strict=True)]
+        points = self._code_points[states.cpu().numpy()]
+        characters = points.shape[1] * points.shape[2]
+        return points.reshape(len(states), characters).view(f"<U{characters}")[:, 0].tolist()
 
     def states(self, objects: Objects) -> Tensor:
         number = {symbol: index for index, symbol in enumerate(self.alphabet)}

@@ -60,9 +60,6 @@ class Sets(Environment):
     def forward_action(self, states: Tensor, backward_actions: Tensor) -> Tensor:
         return backward_actions
 
-    def features(self, states: Tensor) -> Tensor:
-        return states
-
     def objects(self, states: Tensor) -> Objects:
         return [tuple(self.items[index] for index in row.nonzero()[:, 0].tolist()) for row in states]
 

@@ -55,9 +55,6 @@ class Slots(Environment):
     def forward_action(self, states: Tensor, backward_actions: Tensor) -> Tensor:
         return backward_actions * self.symbols + states.gather(1, backward_actions[:, None])[:, 0]
 
-    def features(self, states: Tensor) -> Tensor:
-        return states
-
     def objects(self, states: Tensor) -> Objects:
         return states
 

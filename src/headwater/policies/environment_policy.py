@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from headwater.environments.base import Environment, Objects, identity
 from headwater.policies.base import NO_EXPLORATION, Exploration, LogProbs, Policy
+from headwater.policies.layers import Linear
+from headwater.policies.native_log_probs import MOST_ACTIONS, NEVER, step_log_probs
+from headwater.policies.native_network import NativeNetwork, native_network
 from headwater.policies.networks import Network
 from headwater.policies.rollout import Walk, walk_backward, walk_forward
 from headwater.trajectories import Trajectories
 
 Backward = Literal["uniform", "learned", "maximum-entropy", "tlm"]
-
-_NEVER = -1e9  # finite, so that a row without any legal action gives no NaN gradient
 
 
 class EnvironmentPolicy(Policy):
@@ -49,7 +50,7 @@ class EnvironmentPolicy(Policy):
         self.environment, self.backward_kind = environment, backward
         self.torso = network.build(environment.feature_type)
         self.sizes = (environment.n_actions, environment.n_backward_actions if self._learns_backward else 0, 1)
-        self.heads = nn.Linear(network.width, sum(self.sizes))
+        self.heads = Linear(network.width, sum(self.sizes))
         nn.init.zeros_(self.heads.weight)
         nn.init.zeros_(self.heads.bias)
         self.log_z = nn.Parameter(torch.zeros(()))
@@ -80,7 +81,10 @@ class EnvironmentPolicy(Policy):
                 hidden = self.torso(self.environment.features(states), None if embedded is None else embedded[ids])
                 return self.heads(hidden)
 
-            walk = walk_forward(self.environment, logits, len(condition), exploration, generator, condition.device)
+            walk = walk_forward(
+                self.environment, logits, len(condition), exploration, generator, condition.device,
+                self._native_network(embedded),
+            )  # fmt: skip
         return self._trajectories(walk, condition)
 
     def sample_backward(self, trajectories: Trajectories, generator: torch.Generator | None = None) -> Trajectories:
@@ -104,7 +108,8 @@ class EnvironmentPolicy(Policy):
                 hidden = self.torso(self.environment.features(states), None if embedded is None else embedded[ids])
                 return self.heads(hidden)[:, self.sizes[0] :].contiguous()
 
-            walk = walk_backward(self.environment, logits, states, generator or torch.default_generator)
+            network = self._native_network(embedded) if self._learns_backward else None
+            walk = walk_backward(self.environment, logits, states, generator or torch.default_generator, network)
         return self._trajectories(walk, condition)
 
     def log_probs(self, trajectories: Trajectories) -> LogProbs:
@@ -112,11 +117,11 @@ class EnvironmentPolicy(Policy):
         states, actions = trajectories.steps["state"], trajectories.steps["action"]
         embedded = self.embed_condition(trajectories.condition)[trajectories.index] if self.condition_size else None
         output = self.heads(self.torso(environment.features(states), embedded)).float()
-        forward_logits, backward_logits, flow = output.split(self.sizes, dim=1)
-
-        forward = forward_logits.masked_fill(~environment.forward_mask(states), _NEVER).log_softmax(1)
-        taken = forward.gather(1, actions[:, None])[:, 0]
-        backward = self._log_backward(trajectories, backward_logits)
+        if self._has_native_log_probs(states):
+            learned = self._learns_backward
+            taken, backward, log_exit = step_log_probs(environment, output, states, actions, learned)
+        else:
+            taken, backward, log_exit = self._step_log_probs(trajectories, output)
         log_z = self._log_z(trajectories.condition)
         auxiliary = None
         if self.backward_kind == "tlm":
@@ -126,10 +131,27 @@ class EnvironmentPolicy(Policy):
             forward=taken,
             backward=backward,
             log_z=log_z,
-            log_flow=flow[:, 0],
-            log_exit=forward[:, environment.exit_action],
+            log_flow=output[:, -1],
+            log_exit=log_exit,
             auxiliary=auxiliary,
         )
+
+    def _has_native_log_probs(self, states: Tensor) -> bool:
+        return (
+            self.environment.rules is not None
+            and self.environment.n_actions <= MOST_ACTIONS
+            and self.backward_kind != "maximum-entropy"
+            and states.device.type == "cpu"
+        )
+
+    def _step_log_probs(self, trajectories: Trajectories, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What `step_log_probs` computes natively, for every kind of backward policy and on any device."""
+        environment = self.environment
+        states, actions = trajectories.steps["state"], trajectories.steps["action"]
+        forward_logits, backward_logits, _ = output.split(self.sizes, dim=1)  # type: ignore[no-untyped-call]
+        forward = forward_logits.masked_fill(~environment.forward_mask(states), NEVER).log_softmax(1)
+        taken = forward.gather(1, actions[:, None])[:, 0]
+        return taken, self._log_backward(trajectories, backward_logits), forward[:, environment.exit_action]
 
     def action_log_probs(self, states: Tensor, condition: Tensor) -> Tensor:
         """log P_F of every action in each of N states under one condition row `[1, C]`: `[N, n_actions]`, very low
@@ -139,7 +161,7 @@ class EnvironmentPolicy(Policy):
             self.embed_condition(self._checked(condition)).expand(len(states), -1) if self.condition_size else None
         )
         logits = self.heads(self.torso(self.environment.features(states), embedded))[:, : self.sizes[0]].float()
-        return logits.masked_fill(~self.environment.forward_mask(states), _NEVER).log_softmax(1)
+        return logits.masked_fill(~self.environment.forward_mask(states), NEVER).log_softmax(1)
 
     def objects(self, trajectories: Trajectories) -> Objects:
         return self.environment.objects(self.final_states(trajectories))
@@ -147,6 +169,14 @@ class EnvironmentPolicy(Policy):
     def final_states(self, trajectories: Trajectories) -> Tensor:
         """`[T, width]`, the states that exit finished."""
         return trajectories.steps["state"][trajectories.last]
+
+    def _native_network(self, condition: Tensor | None) -> NativeNetwork | None:
+        """Torso and heads for a native rollout, which knows no features but the state itself; None where they are
+        none.
+        """
+        if type(self.environment).features is not Environment.features:
+            return None
+        return native_network(self.torso, self.heads, condition)
 
     def _log_backward(self, trajectories: Trajectories, backward_logits: Tensor) -> Tensor:
         """log P_B(s_t | s_t+1) at step t: read in the row of the state that the step leads to; 0 for exit, which
@@ -163,7 +193,7 @@ class EnvironmentPolicy(Policy):
             assert count is not None
             return torch.where(is_exit, 0.0, (count - count.roll(-1)).float())
         undo = environment.backward_action(states, actions)
-        log_backward = backward_logits.masked_fill(~environment.backward_mask(states), _NEVER).log_softmax(1)
+        log_backward = backward_logits.masked_fill(~environment.backward_mask(states), NEVER).log_softmax(1)
         return torch.where(is_exit, 0.0, log_backward.roll(-1, dims=0).gather(1, undo[:, None])[:, 0])
 
     def _maximum_entropy(self, states: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from headwater.environments.base import Dense, Tokens
+from headwater.policies.layers import Linear, linear, perceptron, softmax
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,20 @@ class Network:
 
 
 class MLP(nn.Module):
-    """Hidden layers with ReLU. Tokens enter one-hot by position, as a sum of embedding rows."""
+    """Hidden layers with ReLU. Tokens enter one-hot by position, as a sum of embedding rows.
+
+    table: `[inputs, width]`, the first layer. hidden: `[layers - 1, width, width]`, the others, inputs before outputs.
+    """
 
     def __init__(self, features: Tokens | Dense, width: int, layers: int) -> None:
         super().__init__()
         self.offsets: Tensor
         self.is_tokens = isinstance(features, Tokens)
         size = features.length * features.vocabulary if isinstance(features, Tokens) else features.size
-        first = nn.Linear(size, width)
-        self.weight = nn.Parameter(first.weight.detach().T.contiguous())  # [inputs, width]: an embedding table
-        self.bias = nn.Parameter(first.bias.detach())
-        self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(layers - 1))
+        first, others = Linear(size, width), [Linear(width, width) for _ in range(layers - 1)]
+        self.table, self.bias = first.weight, first.bias
+        self.hidden = nn.Parameter(_stacked([layer.weight for layer in others], (width, width)))
+        self.hidden_bias = nn.Parameter(_stacked([layer.bias for layer in others], (width,)))
         offsets = (
             torch.arange(features.length) * features.vocabulary if isinstance(features, Tokens) else torch.empty(0)
         )
@@ -63,14 +66,12 @@ class MLP(nn.Module):
     def forward(self, features: Tensor, condition: Tensor | None) -> Tensor:
         """features as the environment gives them, condition `[N, width]` or None -> `[N, width]`."""
         if self.is_tokens:
-            x = functional.embedding_bag(features + self.offsets, self.weight, mode="sum") + self.bias
-        else:
-            x = torch.addmm(self.bias, features, self.weight)
-        if condition is not None:
-            x = x + condition
-        x = x.relu()
-        for layer in self.hidden:
-            x = layer(x).relu()
+            layers = self.table, self.bias, self.hidden, self.hidden_bias
+            return perceptron(features, self.offsets, *layers, condition)
+        x = linear(features, self.table, self.bias)
+        x = (x if condition is None else x + condition).relu()
+        for weight, bias in zip(self.hidden, self.hidden_bias, strict=True):
+            x = linear(x, weight, bias, relu=True)
         return x
 
 
@@ -100,14 +101,18 @@ class _Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.attention_norm, self.feed_forward_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.query_key_value = nn.Linear(width, 3 * width)
-        self.project = nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.query_key_value, self.project = Linear(width, 3 * width), Linear(width, width)
+        self.up, self.down = Linear(width, 4 * width), Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         count, length, width = x.shape
         packed = self.query_key_value(self.attention_norm(x)).view(count, length, 3, self.heads, width // self.heads)
         query, key, value = packed.permute(2, 0, 3, 1, 4)
-        attention = (query @ key.transpose(-1, -2) * (width // self.heads) ** -0.5).softmax(-1)
+        attention = softmax(query @ key.transpose(-1, -2) * (width // self.heads) ** -0.5)
         x = x + self.project((attention @ value).transpose(1, 2).reshape(count, length, width))
-        return x + self.down(self.up(self.feed_forward_norm(x)).relu())
+        return x + self.down(linear(self.feed_forward_norm(x), self.up.weight, self.up.bias, relu=True))
+
+
+def _stacked(tensors: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+    """`[len(tensors), *shape]`, also of none."""
+    return torch.stack([tensor.detach() for tensor in tensors]) if tensors else torch.empty(0, *shape)

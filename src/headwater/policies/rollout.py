@@ -2,10 +2,11 @@
 taken.
 
 Two implementations of the same walk give the same trajectories from the same random numbers. On the CPU, where an
-environment has `native` rules, mask, sample, record, move and compact are one native call a step. Everywhere else, and
-as the readable reference that tests compare with, the walk is written in tensors. Actions are drawn by inverting the
-cumulative distribution: one uniform number a row, whatever the number of actions. A step into a state whose only legal
-action is exit finishes the trajectory without asking the network.
+environment has `native` rules, mask, sample, record, move and compact are one native call a step; where the network can
+run natively too, so is all that is left of the walk once few trajectories are. Everywhere else, and as the readable
+reference that tests compare with, the walk is written in tensors. Actions are drawn by inverting the cumulative
+distribution: one uniform number a row, whatever the number of actions. A step into a state whose only legal action is
+exit finishes the trajectory without asking the network.
 """
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ from torch import Tensor
 
 from headwater.environments.base import Environment, Native
 from headwater.policies.base import Exploration
+from headwater.policies.native_network import NativeNetwork, logits_of_row, room
 
 Logits = Callable[[Tensor, Tensor], Tensor]
 """(states `[n, width]`, trajectory numbers `[n]`) -> logits `[n, actions or more]`; columns past the actions are
 ignored.
 """
+
+_FEW = 48
+"""Trajectories that a native network is faster for than a product of matrices."""
 
 
 @dataclass(frozen=True)
@@ -49,19 +54,31 @@ def walk_forward(
     exploration: Exploration,
     generator: torch.Generator,
     device: torch.device | str = "cpu",
+    network: NativeNetwork | None = None,
 ) -> Walk:
-    """Draw `count` trajectories from the initial state to exit."""
-    states = environment.initial(count).to(device)
-    walk = _native_forward if _is_native(environment, states) else _tensor_forward
-    return walk(environment, logits, states, exploration, generator)
-
-
-def walk_backward(environment: Environment, logits: Logits, states: Tensor, generator: torch.Generator) -> Walk:
-    """Draw one trajectory to each of `states` (`[T, width]`) by walking back to the initial state; `logits` are over
-    backward actions.
+    """Draw `count` trajectories from the initial state to exit. network: what `logits` does, natively; its first
+    outputs are those of the actions.
     """
-    walk = _native_backward if _is_native(environment, states) else _tensor_backward
-    return walk(environment, logits, states, generator)
+    states = environment.initial(count).to(device)
+    if _is_native(environment, states):
+        return _native_forward(environment, logits, states, exploration, generator, network)
+    return _tensor_forward(environment, logits, states, exploration, generator)
+
+
+def walk_backward(
+    environment: Environment,
+    logits: Logits,
+    states: Tensor,
+    generator: torch.Generator,
+    network: NativeNetwork | None = None,
+) -> Walk:
+    """Draw one trajectory to each of `states` (`[T, width]`) by walking back to the initial state; `logits` are over
+    backward actions. network: what `logits` does, natively; the outputs of the backward actions follow those of the
+    actions.
+    """
+    if _is_native(environment, states):
+        return _native_backward(environment, logits, states, generator, network)
+    return _tensor_backward(environment, logits, states, generator)
 
 
 def _is_native(environment: Environment, states: Tensor) -> bool:
@@ -91,10 +108,11 @@ def _tensor_forward(
     count, device, exit_action = states.shape[0], states.device, environment.exit_action
     ids = torch.arange(count, device=device)
     log_prob = torch.zeros(count, device=device)
+    uniforms = _Uniforms(count, generator)
     records = [(states[:0], ids[:0], ids[:0])]  # so that no trajectory at all still has steps of the right kind
     mask = environment.forward_mask(states)
     while ids.numel():
-        uniform = _uniform(ids.numel(), generator, device)
+        uniform = uniforms.take(ids.numel()).to(device)
         actions, drawn = draw(logits(states, ids)[:, : environment.n_actions].float(), mask, uniform, exploration)
         log_prob.index_add_(0, ids, drawn)
         records.append((states, actions, ids))
@@ -112,6 +130,7 @@ def _tensor_backward(environment: Environment, logits: Logits, states: Tensor, g
     count, device = states.shape[0], states.device
     ids = torch.arange(count, device=device)
     log_prob = torch.zeros(count, device=device)
+    uniforms = _Uniforms(count, generator)
     records = [(states, torch.full_like(ids, environment.exit_action), ids)]
     while True:
         mask = environment.backward_mask(states)
@@ -119,7 +138,7 @@ def _tensor_backward(environment: Environment, logits: Logits, states: Tensor, g
         states, ids, mask = states[going], ids[going], mask[going]
         if not ids.numel():
             return _packed(records[::-1], count, log_prob)
-        uniform = _uniform(ids.numel(), generator, device)
+        uniform = uniforms.take(ids.numel()).to(device)
         offered = logits(states, ids)[:, : environment.n_backward_actions].float()
         backward_actions, drawn = draw(offered, mask, uniform, Exploration())
         log_prob.index_add_(0, ids, drawn)
@@ -128,9 +147,25 @@ def _tensor_backward(environment: Environment, logits: Logits, states: Tensor, g
         records.append((states, actions, ids))
 
 
-def _uniform(count: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Random numbers from the run's generator, wherever that lives."""
-    return torch.rand(count, generator=generator, device=generator.device).to(device)
+class _Uniforms:
+    """A stream of uniform random numbers from the run's generator, wherever that lives, drawn many at a time."""
+
+    def __init__(self, count: int, generator: torch.Generator) -> None:
+        self.at_once = 16 * count
+        self.generator = generator
+        self.numbers = torch.empty(0)
+
+    def at_least(self, count: int) -> Tensor:
+        """The next numbers, `count` of them or more, without taking them."""
+        while len(self.numbers) < count:
+            new = torch.rand(self.at_once, generator=self.generator, device=self.generator.device)
+            self.numbers = torch.cat([self.numbers.to(new.device), new])
+        return self.numbers
+
+    def take(self, count: int) -> Tensor:
+        taken = self.at_least(count)[:count]
+        self.numbers = self.numbers[count:]
+        return taken
 
 
 def _packed(records: list[tuple[Tensor, Tensor, Tensor]], count: int, log_prob: Tensor) -> Walk:
@@ -152,6 +187,10 @@ class _Record:
         self.ids = np.empty(capacity, np.int64)
         self.filled = 0
 
+    @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+        return self.states, self.actions, self.ids, self.filled
+
     def reserve(self, more: int) -> None:
         if self.filled + more > len(self.ids):
             capacity = 2 * len(self.ids) + more
@@ -168,48 +207,69 @@ class _Record:
 
 
 def _native_forward(
-    environment: Environment, logits: Logits, states: Tensor, exploration: Exploration, generator: torch.Generator
+    environment: Environment,
+    logits: Logits,
+    states: Tensor,
+    exploration: Exploration,
+    generator: torch.Generator,
+    network: NativeNetwork | None,
 ) -> Walk:
     native = _rules(environment)
-    advance, _ = _compiled(native.forward_mask, native.step, native.backward_mask, native.backward_step)
+    advance, finish, _, _ = _compiled(native.forward_mask, native.step, native.backward_mask, native.backward_step)
     live = count = states.shape[0]
     ids = torch.arange(count)
-    live_states, live_ids = states.numpy(), ids.numpy()
-    record = _Record(count, environment.width, live_states.dtype)
+    uniforms, record = _Uniforms(count, generator), _Record(count, environment.width, states.numpy().dtype)
     log_prob = np.zeros(count, np.float32)
+    walking = states.numpy(), ids.numpy()
+    rule = environment.n_actions, exploration.epsilon, 1.0 / exploration.temperature, native.constants
     while live:
-        offered = logits(states[:live], ids[:live]).numpy()
-        uniform = torch.rand(live, generator=generator).numpy()
+        uniform = uniforms.at_least(live).numpy()
         record.reserve(2 * live)
-        live, record.filled = advance(
-            live_states, live_ids, live, offered, uniform, environment.n_actions, exploration.epsilon,
-            1.0 / exploration.temperature, native.constants, record.states, record.actions, record.ids, record.filled,
-            log_prob,
-        )  # fmt: skip
+        if network is not None and live <= _FEW:
+            left, record.filled, taken = finish(*walking, live, uniform, *rule, *record.arrays, log_prob, network)
+        else:
+            offered = logits(states[:live], ids[:live]).numpy()
+            left, record.filled = advance(*walking, live, offered, uniform, *rule, *record.arrays, log_prob)
+            taken = live
+        uniforms.take(taken)
+        live = left
     return record.pack(count, log_prob, backward=False)
 
 
-def _native_backward(environment: Environment, logits: Logits, states: Tensor, generator: torch.Generator) -> Walk:
+def _native_backward(
+    environment: Environment,
+    logits: Logits,
+    states: Tensor,
+    generator: torch.Generator,
+    network: NativeNetwork | None,
+) -> Walk:
     native = _rules(environment)
-    _, retreat = _compiled(native.forward_mask, native.step, native.backward_mask, native.backward_step)
+    _, _, retreat, return_ = _compiled(native.forward_mask, native.step, native.backward_mask, native.backward_step)
     count = states.shape[0]
-    states, ids = states.clone().contiguous(), torch.arange(count)
-    live_states, live_ids = states.numpy(), ids.numpy()
-    record = _Record(count, environment.width, live_states.dtype)
-    record.states[:count], record.actions[:count], record.ids[:count] = live_states, environment.exit_action, live_ids
-    record.filled = count
-    log_prob = np.zeros(count, np.float32)
     going = environment.backward_mask(states).any(1)
     live = int(going.sum())
-    live_states[:live], live_ids[:live] = live_states[going.numpy()], live_ids[going.numpy()]
+    ids = torch.arange(count)
+    uniforms, record = _Uniforms(count, generator), _Record(count, environment.width, states.numpy().dtype)
+    record.states[:count], record.actions[:count], record.ids[:count] = states, environment.exit_action, ids
+    record.filled = count
+    log_prob = np.zeros(count, np.float32)
+    states, ids = states[going], ids[going]
+    walking = states.numpy(), ids.numpy()
+    rule = environment.n_backward_actions, native.constants
     while live:
-        offered = logits(states[:live], ids[:live]).numpy()
-        uniform = torch.rand(live, generator=generator).numpy()
+        uniform = uniforms.at_least(live).numpy()
         record.reserve(live)
-        live, record.filled = retreat(
-            live_states, live_ids, live, offered, uniform, environment.n_backward_actions,
-            native.constants, record.states, record.actions, record.ids, record.filled, log_prob,
-        )  # fmt: skip
+        if network is not None and live <= _FEW:
+            first = environment.n_actions
+            left, record.filled, taken = return_(
+                *walking, live, uniform, *rule, *record.arrays, log_prob, network, first
+            )
+        else:
+            offered = logits(states[:live], ids[:live]).numpy()
+            left, record.filled = retreat(*walking, live, offered, uniform, *rule, *record.arrays, log_prob)
+            taken = live
+        uniforms.take(taken)
+        live = left
     return record.pack(count, log_prob, backward=True)
 
 
@@ -242,13 +302,16 @@ def _draw(logits, mask, n_actions, uniform, epsilon, inverse_temperature):  # ty
 
 
 @cache
-def _compiled(forward_mask: Any, step: Any, backward_mask: Any, backward_step: Any) -> tuple[Any, Any]:
-    """The two kernels for one environment's rules, compiled at their first call."""
+def _compiled(forward_mask: Any, step: Any, backward_mask: Any, backward_step: Any) -> tuple[Any, Any, Any, Any]:
+    """The kernels for one environment's rules, compiled at their first call: a step forward, all steps forward with a
+    native network, and the same two backward. Those of all steps stop early where random numbers or room run out, and
+    say how many numbers they took.
+    """
 
     @njit(nogil=True)
     def advance(  # type: ignore[no-untyped-def]
-        states, ids, live, logits, uniform, n_actions, epsilon, inverse_temperature,
-        constants, out_states, out_actions, out_ids, filled, log_prob,
+        states, ids, live, logits, uniform, n_actions, epsilon, inverse_temperature, constants,
+        out_states, out_actions, out_ids, filled, log_prob,
     ):  # fmt: skip
         exit_action = n_actions - 1
         mask = np.empty(n_actions, np.bool_)
@@ -275,6 +338,25 @@ def _compiled(forward_mask: Any, step: Any, backward_mask: Any, backward_step: A
         return kept, filled
 
     @njit(nogil=True)
+    def finish(  # type: ignore[no-untyped-def]
+        states, ids, live, uniform, n_actions, epsilon, inverse_temperature, constants,
+        out_states, out_actions, out_ids, filled, log_prob, network,
+    ):  # fmt: skip
+        logits = np.empty((live, n_actions), np.float32)
+        x, y, active = room(network)
+        taken = 0
+        while live and taken + live <= uniform.size and filled + 2 * live <= out_ids.size:
+            for i in range(live):
+                logits_of_row(network, states[i], ids[i], 0, logits[i], x, y, active)
+            going = live
+            live, filled = advance(
+                states, ids, live, logits, uniform[taken:], n_actions, epsilon, inverse_temperature, constants,
+                out_states, out_actions, out_ids, filled, log_prob,
+            )  # fmt: skip
+            taken += going
+        return live, filled, taken
+
+    @njit(nogil=True)
     def retreat(  # type: ignore[no-untyped-def]
         states, ids, live, logits, uniform, n_actions, constants, out_states, out_actions, out_ids, filled, log_prob
     ):
@@ -293,7 +375,26 @@ def _compiled(forward_mask: Any, step: Any, backward_mask: Any, backward_step: A
                 kept += 1
         return kept, filled
 
-    return advance, retreat
+    @njit(nogil=True)
+    def return_(  # type: ignore[no-untyped-def]
+        states, ids, live, uniform, n_actions, constants, out_states, out_actions, out_ids, filled, log_prob, network,
+        first,
+    ):  # fmt: skip
+        logits = np.empty((live, n_actions), np.float32)
+        x, y, active = room(network)
+        taken = 0
+        while live and taken + live <= uniform.size and filled + live <= out_ids.size:
+            for i in range(live):
+                logits_of_row(network, states[i], ids[i], first, logits[i], x, y, active)
+            going = live
+            live, filled = retreat(
+                states, ids, live, logits, uniform[taken:], n_actions, constants,
+                out_states, out_actions, out_ids, filled, log_prob,
+            )  # fmt: skip
+            taken += going
+        return live, filled, taken
+
+    return advance, finish, retreat, return_
 
 
 @njit(nogil=True)

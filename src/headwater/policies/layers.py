@@ -1,0 +1,190 @@
+"""Layers at the speed that a CPU has: products of matrices, embeddings of tokens, softmax over short rows.
+
+PyTorch multiplies float32 matrices on a CPU with MKL, which takes a slower path on processors that are not Intel's;
+oneDNN, which is part of PyTorch too, does not. Its embedding bag sorts where adding up is enough, and its softmax over
+a last dimension of a dozen entries takes several times as long as the operations that it is made of. Elsewhere, and as
+the reference that tests compare with, these are the plain functions.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor, nn
+from torch.nn import functional
+
+_FEWEST_ROWS = 24
+"""Below, a product is too small for its library to matter."""
+_SHORT_ROW = 32
+"""Softmax over rows of fewer entries than this is taken apart."""
+
+
+class Linear(nn.Module):
+    """x -> x @ weight + bias, with weight `[inputs, outputs]`: a row an input, as embedding tables have them too."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(inputs)
+        self.weight = nn.Parameter(torch.empty(inputs, outputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(outputs).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = False) -> Tensor:
+    """x `[..., inputs]` @ weight `[inputs, outputs]` + bias `[outputs]`, and ReLU of it if asked for."""
+    if x.numel() < _FEWEST_ROWS * x.shape[-1] or not _is_on_cpu(x, weight) or not _has_onednn():
+        y = torch.addmm(bias, x, weight) if x.ndim == 2 else x @ weight + bias
+        return y.relu() if relu else y
+    return _OneDnnLinear.apply(x, weight, bias, relu)  # type: ignore[no-untyped-call]
+
+
+def perceptron(
+    tokens: Tensor,
+    offsets: Tensor,
+    table: Tensor,
+    bias: Tensor,
+    hidden: Tensor,
+    hidden_bias: Tensor,
+    condition: Tensor | None,
+) -> Tensor:
+    """Layers of linear maps and ReLU over tokens, int32 `[N, length]`, one-hot by position: `[N, width]`.
+
+    The first is the sum of the tokens' rows of `table` `[inputs, width]`, of `bias` and of `condition` `[N, width]` or
+    None; a token's row is its number plus its place's of `offsets` `[length]`. hidden: the others, `[layers - 1, width,
+    width]`, hidden_bias `[layers - 1, width]`.
+    """
+    if len(tokens) and tokens.dtype == torch.int32 and _is_on_cpu(table, bias, hidden, hidden_bias) and _has_onednn():
+        layers = table, bias, hidden, hidden_bias
+        return _Perceptron.apply(tokens, offsets, *layers, condition)  # type: ignore[no-untyped-call]
+    x = functional.embedding_bag(tokens + offsets, table, mode="sum") + bias
+    x = (x if condition is None else x + condition).relu()
+    for weight, layer_bias in zip(hidden, hidden_bias, strict=True):
+        x = torch.addmm(layer_bias, x, weight).relu()
+    return x
+
+
+def softmax(x: Tensor) -> Tensor:
+    """Over the last dimension."""
+    if x.device.type != "cpu" or x.shape[-1] >= _SHORT_ROW:
+        return x.softmax(-1)
+    return _ShortSoftmax.apply(x)  # type: ignore[no-untyped-call]
+
+
+def _is_on_cpu(*tensors: Tensor) -> bool:
+    return all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
+
+
+def _multiply(x: Tensor, transposed: Tensor, bias: Tensor | None = None, then: str = "none") -> Tensor:
+    """x `[..., k]` times the transpose of `transposed` `[n, k]`, by oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(x, transposed, bias, then, [], "")
+
+
+def _outer(x: Tensor, y: Tensor) -> Tensor:
+    """The transpose of x `[rows, m]` times y `[rows, n]`; oneDNN is slow where the last dimension is the small one."""
+    return _multiply(x.t(), y.t()) if x.shape[1] <= y.shape[1] else _multiply(y.t(), x.t()).t()
+
+
+@cache
+def _has_onednn() -> bool:
+    """Whether this PyTorch has the product that we call, and it is right."""
+    x, weight = torch.arange(12.0).view(4, 3), torch.arange(6.0).view(3, 2)
+    try:
+        return torch.allclose(_multiply(x, weight.t(), None, "relu"), x @ weight)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+
+
+class _OneDnnLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+        y = _multiply(x, weight.t(), bias, "relu" if relu else "none")
+        ctx.save_for_backward(x, weight, *([y] if relu else []))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *result = ctx.saved_tensors
+        by_x, by_weight, by_bias, _ = ctx.needs_input_grad
+        gradient = torch.ops.aten.threshold_backward(gradients[0], result[0], 0) if result else gradients[0]
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        return (
+            _multiply(gradient, weight) if by_x else None,
+            _outer(x.reshape(-1, x.shape[-1]), flat) if by_weight else None,
+            flat.sum(0) if by_bias else None,
+            None,
+        )
+
+
+class _Perceptron(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, tokens: Tensor, offsets: Tensor, table: Tensor, bias: Tensor, hidden: Tensor, hidden_bias: Tensor,
+        condition: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        x = bias.expand(len(tokens), -1).clone() if condition is None else condition + bias
+        _add_rows(tokens.contiguous().numpy(), offsets.numpy(), table.detach().numpy(), x.numpy())
+        layers = [x]
+        for weight, layer_bias in zip(hidden.detach(), hidden_bias.detach(), strict=True):
+            layers.append(_multiply(layers[-1], weight.t(), layer_bias, "relu"))
+        ctx.save_for_backward(tokens, offsets, table, hidden, *layers)
+        return layers[-1]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, offsets, table, hidden, *layers = ctx.saved_tensors
+        by_hidden = torch.empty_like(hidden)
+        by_bias = hidden.new_empty(hidden.shape[:2])
+        gradient = gradients[0]
+        for i in reversed(range(len(hidden))):
+            gradient = torch.ops.aten.threshold_backward(gradient, layers[i + 1], 0)
+            by_hidden[i] = _outer(layers[i], gradient)
+            torch.sum(gradient, 0, out=by_bias[i])
+            gradient = _multiply(gradient, hidden[i])
+        gradient = torch.ops.aten.threshold_backward(gradient, layers[0], 0).contiguous()
+        by_table = torch.zeros_like(table)
+        _scatter_rows(tokens.contiguous().numpy(), offsets.numpy(), gradient.numpy(), by_table.numpy())
+        by_condition = gradient if ctx.needs_input_grad[6] else None
+        return None, None, by_table, gradient.sum(0), by_hidden, by_bias, by_condition
+
+
+@njit(nogil=True)
+def _add_rows(tokens, offsets, table, out):  # type: ignore[no-untyped-def]
+    """Add the tokens' rows to `out`, then ReLU."""
+    for n in range(tokens.shape[0]):
+        for place in range(tokens.shape[1]):
+            row = tokens[n, place] + offsets[place]
+            for k in range(out.shape[1]):
+                out[n, k] += table[row, k]
+        for k in range(out.shape[1]):
+            out[n, k] = max(out[n, k], np.float32(0))
+
+
+@njit(nogil=True)
+def _scatter_rows(tokens, offsets, gradient, out):  # type: ignore[no-untyped-def]
+    for n in range(tokens.shape[0]):
+        for place in range(tokens.shape[1]):
+            row = tokens[n, place] + offsets[place]
+            for k in range(out.shape[1]):
+                out[row, k] += gradient[n, k]
+
+
+class _ShortSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = (x - x.amax(-1, keepdim=True)).exp_()
+        y /= y.sum(-1, keepdim=True)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        product = gradients[0] * y
+        return product.addcmul_(y, product.sum(-1, keepdim=True), value=-1)

@@ -87,6 +87,7 @@ def _train(recipe: Recipe, run: Run, progress_bar: bool) -> Trainer:
             problem.policy, problem.reward, problem.conditions, recipe.objective, recipe.training, recipe.exploration,
             recipe.replay, recipe.seed, run, _quick_evaluation(recipe, table), recipe.given_states(),
         )  # fmt: skip
+        run.tidy()
         checkpoint = run.latest_checkpoint()
         run.forget_metrics_after(checkpoint.iteration if checkpoint else 0)
         if checkpoint is not None:

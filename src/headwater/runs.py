@@ -236,7 +236,6 @@ class Run:
         target = parent / f"iteration-{checkpoint.iteration:09d}"
         with _explained(target):
             parent.mkdir(exist_ok=True)
-            self._drop_partial_checkpoints()
             partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=parent))
             try:
                 for part, tensors in checkpoint.tensors.items():
@@ -251,10 +250,14 @@ class Run:
                 partial.rename(target)
                 _flush(parent)
             finally:
-                self._drop_partial_checkpoints()
-            for old in self._checkpoints()[:-CHECKPOINTS_KEPT]:
-                shutil.rmtree(old)
+                self.tidy()
         return target
+
+    def tidy(self) -> None:
+        """Drop all but the newest checkpoints, and what a failure left here or in a process that was killed."""
+        partial = (self.folder / "checkpoints").glob(f"{_PARTIAL}*")
+        for folder in (*partial, *self._checkpoints()[:-CHECKPOINTS_KEPT]):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def latest_checkpoint(self) -> Checkpoint | None:
         """The newest checkpoint, or None. Raises ValueError naming a file that does not read."""
@@ -268,11 +271,6 @@ class Run:
             return Checkpoint(iteration=int(state.pop("iteration")), tensors=tensors, state=state)
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise ValueError(f"{folder}: not a readable checkpoint: {error}") from error
-
-    def _drop_partial_checkpoints(self) -> None:
-        """What a failure left, here or in a process that was killed."""
-        for partial in (self.folder / "checkpoints").glob(f"{_PARTIAL}*"):
-            shutil.rmtree(partial, ignore_errors=True)
 
     def _checkpoints(self) -> list[Path]:
         return sorted((self.folder / "checkpoints").glob("iteration-*"))

@@ -99,14 +99,14 @@ def test_a_log_reward_comes_back_to_the_last_bit_with_when_and_who(path: Path) -
     assert set(rows(path)) == {(text, value, 7, "inline") for text, value in zip(texts, values, strict=True)}
 
 
-def test_the_first_log_reward_stays_and_a_failure_gives_way(path: Path) -> None:
+@pytest.mark.parametrize("seconds", [0.0, math.inf], ids=["not yet committed", "committed"])
+def test_the_first_log_reward_stays_and_a_failure_gives_way(path: Path, seconds: float) -> None:
     with closing(ObjectTable(path, "inline", 1)) as table:
-        for seconds in (0.0, math.inf):  # not yet committed, and committed
-            table.record(["a", "b", "c"], [1.0, math.nan, math.inf], 0.0)
-            assert table.lookup(["a", "b", "c"]) == {"a": 1.0}
-            table.origin, table.iteration = "worker 1", 2
-            table.record(["a", "b"], [5.0, 6.0], seconds)
-            assert table.lookup(["a", "b"]) == {"a": 1.0, "b": 6.0}
+        table.record(["a", "b", "c"], [1.0, math.nan, math.inf], seconds)
+        assert table.lookup(["a", "b", "c"]) == {"a": 1.0}
+        table.origin, table.iteration = "worker 1", 2
+        table.record(["a", "b"], [5.0, 6.0], seconds)
+        assert table.lookup(["a", "b"]) == {"a": 1.0, "b": 6.0}
     assert rows(path) == [("a", 1.0, 1, "inline"), ("b", 6.0, 2, "worker 1"), ("c", None, 1, "inline")]
 
 

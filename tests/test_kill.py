@@ -69,6 +69,7 @@ def driver() -> Iterator[Driver]:
     driver = Driver()
     yield driver
     driver.process.communicate(timeout=60)
+    print(f"\nkilled {driver.kills} times")
 
 
 @pytest.fixture(scope="module")

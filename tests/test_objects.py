@@ -343,6 +343,19 @@ def test_training_sampling_and_evaluation_never_ask_for_an_object_twice(tmp_path
     assert len((folder / "objects.csv").read_text().splitlines()) == 6
 
 
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", "test", {}, [], 0)
+
+    def hold_too() -> None:
+        with pytest.raises(RuntimeError, match="another process is training"), jobs._held(run):
+            pass
+
+    with jobs._held(run):
+        assert os.waitpid(in_a_fork(hold_too), 0)[1] == 0
+    with jobs._held(run):
+        pass
+
+
 def test_a_run_of_before_the_table_and_one_that_keeps_none_go_on(tmp_path: Path) -> None:
     training = Training(iterations=4, batch_size=8, checkpoint_every=2)
     name, folder = f"{__name__}:Letters", tmp_path / "run"

@@ -16,14 +16,18 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
+from headwater.runs import writing
+
 
 class Events:
     """A new event file in `folder`. `done`: the iteration that the run goes on from; what earlier files say of later
     ones is hidden, since this one says it again."""
 
     def __init__(self, folder: Path, done: int) -> None:
-        folder.mkdir(exist_ok=True)
-        self._file = (folder / f"events.out.tfevents.{time.time_ns()}.{os.getpid()}").open("ab", buffering=0)
+        self._path = folder / f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
+        with writing(self._path):
+            folder.mkdir(exist_ok=True)
+            self._file = self._path.open("ab", buffering=0)
         self._write(Event(file_version="brain.Event:2"))
         self._write(Event(step=done + 1, session_log=SessionLog(status=SessionLog.START)))
 
@@ -41,4 +45,5 @@ class Events:
         message = event.SerializeToString()
         length = struct.pack("<Q", len(message))
         checksums = [struct.pack("<I", masked_crc32c(part)) for part in (length, message)]
-        self._file.write(length + checksums[0] + message + checksums[1])
+        with writing(self._path):
+            self._file.write(length + checksums[0] + message + checksums[1])

@@ -22,6 +22,11 @@ from headwater.sampler import Sampler
 from headwater.settings import load_recipe
 from headwater.training import Evaluate, Trainer
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
 BASELINE_LIMIT = 200_000
 """Most reward calls that the random-search baseline repeats."""
 TEST_OBJECTS = 1000
@@ -82,7 +87,7 @@ def _train(recipe: Recipe, run: Run, progress_bar: bool) -> Trainer:
     torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
     problem = recipe.problem()
-    with _table(run, recipe) as table:
+    with _held(run), _table(run, recipe) as table:
         trainer = Trainer(
             problem.policy, problem.reward, problem.conditions, recipe.objective, recipe.training, recipe.exploration,
             recipe.replay, recipe.seed, run, _quick_evaluation(recipe, table), recipe.given_states(),
@@ -99,6 +104,18 @@ def _train(recipe: Recipe, run: Run, progress_bar: bool) -> Trainer:
         evaluate(run.folder)
         report(run.folder)
     return trainer
+
+
+@contextmanager
+def _held(run: Run) -> Iterator[None]:
+    """Keep the run from being trained by two processes at once; the system lets go of the lock however this one ends."""
+    with (run.folder / ".lock").open("w") as file:
+        try:
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise RuntimeError(f"{run.folder}: another process is training this run") from error
+        yield
 
 
 def _table(run: Run, recipe: Recipe) -> AbstractContextManager[ObjectTable | None]:

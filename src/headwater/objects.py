@@ -206,4 +206,5 @@ def _before_fork() -> None:
         table.close()
 
 
-os.register_at_fork(before=_before_fork)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork)

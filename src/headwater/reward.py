@@ -218,7 +218,7 @@ class CachedReward:
     def __call__(self, objects: Objects, condition: Tensor) -> Tensor:
         self.requested += len(objects)
         if not self.capacity:
-            return self._pay(objects, condition, self._text(objects) if self.table else [])
+            return self._pay(objects, condition, [] if self.table is None else self._text(objects))
         keys = _keys(objects)
         first_of = {key: place for place, key in reversed(list(enumerate(keys)))}
         new = sorted(place for key, place in first_of.items() if key not in self._known)

@@ -119,7 +119,7 @@ class Run:
         kept = {setting: f"{INPUTS}/{path.name}" for setting, path in (inputs or {}).items()}
         for setting, path in (inputs or {}).items():
             (folder / INPUTS).mkdir(exist_ok=True)
-            with _explained(folder / kept[setting]):
+            with writing(folder / kept[setting]):
                 shutil.copyfile(path, folder / kept[setting])
         # Last: a folder with settings is a run, and all that it needs is there.
         run._write_text("settings.toml", tomli_w.dumps({"recipe": recipe, **settings, **kept}))
@@ -165,7 +165,7 @@ class Run:
     def append_metrics(self, row: Mapping[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else str(value) for name, value in row.items()}
         path = self.folder / "metrics.jsonl"
-        with _explained(path), path.open("a") as file:
+        with writing(path), path.open("a") as file:
             file.write(json.dumps(finite) + "\n")
 
     def forget_metrics_after(self, iteration: int) -> None:
@@ -234,7 +234,7 @@ class Run:
         """Write one checkpoint whole or not at all, then drop all but the newest few. Raises WriteError."""
         parent = self.folder / "checkpoints"
         target = parent / f"iteration-{checkpoint.iteration:09d}"
-        with _explained(target):
+        with writing(target):
             parent.mkdir(exist_ok=True)
             partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=parent))
             try:
@@ -301,7 +301,7 @@ def atomic(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with _explained(path):
+        with writing(path):
             yield partial
             _flush(partial)
             partial.replace(path)
@@ -351,7 +351,7 @@ def _memory_gib() -> float | None:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """Say what could not be written, and why: errors of a full disk often name no file."""
     try:
         yield

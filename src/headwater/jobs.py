@@ -108,7 +108,7 @@ def _train(recipe: Recipe, run: Run, progress_bar: bool) -> Trainer:
 
 @contextmanager
 def _held(run: Run) -> Iterator[None]:
-    """Keep the run from being trained by two processes at once; the system lets go of the lock however this one ends."""
+    """Keep the run from being trained by two processes at once; the system frees the lock however this one ends."""
     with (run.folder / ".lock").open("w") as file:
         try:
             if fcntl is not None:

@@ -452,8 +452,8 @@ def test_a_full_cache_forgets_what_was_asked_for_longest_ago() -> None:
     reward(["a"], NOTHING)
     reward(["bb"], NOTHING)
     assert len(inner.asked) == 1
-    with pytest.raises(ValueError, match="capacity is 0"):
-        CachedReward(inner, capacity=0)
+    with pytest.raises(ValueError, match="capacity is -1"):
+        CachedReward(inner, capacity=-1)
 
 
 def test_a_tempered_reward_multiplies_log_reward_by_the_condition() -> None:

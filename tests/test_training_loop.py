@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import math
 import os
+import re
 import signal
-from collections.abc import Callable
+import struct
+import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from tensorboardX.proto.event_pb2 import Event
 from torch import Tensor
 
+from headwater import objects, runs
 from headwater.conditions import NoCondition
 from headwater.environments.base import Objects
 from headwater.environments.hypergrid import Hypergrid, HypergridReward
 from headwater.objectives import Objective
+from headwater.objects import ObjectTable, ObjectTableError
 from headwater.policies import EnvironmentPolicy, Network
+from headwater.policies.base import LogProbs
 from headwater.policies.environment_policy import Backward
 from headwater.replay import ReplaySettings
-from headwater.reward import Reward
-from headwater.runs import Run
+from headwater.reward import CachedReward, Reward
+from headwater.runs import Run, WriteError
 from headwater.training import ExplorationSettings, NonFiniteLoss, Trainer, Training
 from headwater.trajectories import Trajectories
 from helpers import seeded
@@ -221,6 +231,130 @@ def test_a_reward_that_fails_on_a_state_on_the_way_leaves_that_trajectory_out(re
     trainer.run(progress_bar=False)
     assert 0 < trainer.search.failed < 320
     assert all(torch.isfinite(p).all() for p in trainer.policy.parameters())
+
+
+def assert_goes_on_to_the_same_end(run: Run, after: int) -> None:
+    """From the newest checkpoint, which is that of iteration `after`."""
+    checkpoint = run.latest_checkpoint()
+    assert checkpoint is not None
+    assert checkpoint.iteration == after
+    whole, second = loop_trainer(), loop_trainer(run, seed=99)
+    whole.run(progress_bar=False)
+    second.restore(checkpoint)
+    second.run(progress_bar=False)
+    assert_identical(everything(second), everything(whole))
+    assert not list(run.folder.rglob("*partial*"))
+
+
+@pytest.mark.parametrize("part", ["policy", "replay", "state"])
+def test_a_checkpoint_that_does_not_fit_on_the_disk_stops_the_run_and_the_one_before_it_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    run, save_file, write_text = new_run(tmp_path / "run"), runs.save_file, Path.write_text
+
+    def full_for_tensors(tensors: dict[str, Tensor], path: str) -> None:
+        save_file(tensors, path)
+        if trainer.iteration == 21 and Path(path).stem == part:
+            Path(path).write_bytes(Path(path).read_bytes()[:100])
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    def full_for_text(self: Path, text: str) -> int:
+        if trainer.iteration == 21 and self.stem == part:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_text(self, text)
+
+    trainer = loop_trainer(run)
+    with monkeypatch.context() as patched:
+        patched.setattr(runs, "save_file", full_for_tensors)
+        patched.setattr(Path, "write_text", full_for_text)
+        with pytest.raises(
+            WriteError, match=r"run/checkpoints/iteration-000000021: cannot be written: .*No space left"
+        ):
+            trainer.run(progress_bar=False)
+    assert_goes_on_to_the_same_end(run, after=14)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(folder)], capture_output=True)
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("keeps_objects", [False, True])
+def test_a_disk_that_fills_up_stops_the_run_with_the_reason_and_it_goes_on_when_there_is_room(
+    small_disk: Path, keeps_objects: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objects, "WORTH_A_COMMIT", 0.0)
+    run = new_run(small_disk / "run")
+
+    def fill(log_reward: Tensor) -> Tensor:
+        with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as file:
+            while file.write(b"x" * 4096):
+                pass
+        return log_reward
+
+    cached, table = CachedReward(Watched(16, fill), capacity=0), ObjectTable(run.objects_path)
+    if keeps_objects:
+        texts = iter(range(10**9))
+        cached.keep_in(table, lambda found: [f"{next(texts)} {'x' * 500}" for _ in found])
+    trainer = loop_trainer(run, cached)
+    with pytest.raises((WriteError, ObjectTableError)) as stopped:
+        trainer.run(progress_bar=False)
+    if keeps_objects:
+        assert isinstance(stopped.value, ObjectTableError)
+        assert "objects.sqlite: database or disk is full" in str(stopped.value)
+        assert trainer.iteration < 20
+    else:  # the row of iteration 20, or the checkpoint of iteration 21
+        assert re.search(r"run/[\w./-]+: cannot be written: .*No space left on device", str(stopped.value))
+    (small_disk / "filler").unlink()
+    run.forget_metrics_after(14)
+    assert_goes_on_to_the_same_end(run, after=14)
+    assert [row["iteration"] for row in run.metrics()] == [10, 20, 30, 40]
+
+
+def test_a_loss_that_raises_leaves_a_run_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = new_run(tmp_path / "run")
+    trainer, whole_loss = loop_trainer(run), Objective.__call__
+
+    def loss(self: Objective, log_probs: LogProbs, batch: Trajectories) -> Tensor:
+        if trainer.iteration == 17:
+            raise ZeroDivisionError("in the loss")
+        return whole_loss(self, log_probs, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Objective, "__call__", loss)
+        with pytest.raises(ZeroDivisionError, match="in the loss"):
+            trainer.run(progress_bar=False)
+    assert_goes_on_to_the_same_end(run, after=14)
+
+
+def test_tensorboard_is_told_to_forget_what_a_resumed_run_says_again(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "run")
+    first = loop_trainer(run, Watched(17, interrupt))
+    first.run(progress_bar=False)
+    checkpoint = run.latest_checkpoint()
+    assert checkpoint is not None
+    second = loop_trainer(run)
+    second.restore(checkpoint)
+    second.run(progress_bar=False)
+    heard = []
+    for path in sorted((run.folder / "events").iterdir()):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack_from("<Q", data)
+            event, data = Event.FromString(data[12 : 12 + length]), data[16 + length :]
+            if event.HasField("session_log"):
+                heard.append(("from", event.step))
+            elif event.HasField("summary"):
+                assert {"loss", "seconds"} <= {value.tag for value in event.summary.value}
+                heard.append(("row", event.step))
+    assert heard == [("from", 1), ("row", 10), ("from", 18), ("row", 20), ("row", 30), ("row", 40)]
 
 
 def test_metrics_are_logged_with_every_evaluation_among_them(tmp_path: Path) -> None:

@@ -109,6 +109,10 @@ def _parser() -> argparse.ArgumentParser:
     report = verb("report", _report, "Write the HTML report of a run anew.")
     report.add_argument("folder", type=Path, help="the run folder")
 
+    objects = verb("objects", _objects, "Write the best objects that a run ever scored (Parquet, CSV).")
+    objects.add_argument("folder", type=Path, help="the run folder")
+    objects.add_argument("--count", type=_positive, help="how many objects, best first (default all)")
+
     check = verb(
         "check", _check, "Check an environment: masks, inverses, reachability, cycles, counts, batch-invariance."
     )
@@ -205,6 +209,12 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     print(jobs.report(options.folder).resolve())
+    return 0
+
+
+def _objects(options: argparse.Namespace) -> int:
+    for path in jobs.objects(options.folder, options.count):
+        print(path)
     return 0
 
 

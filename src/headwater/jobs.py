@@ -1,23 +1,31 @@
-"""What a person does with Headwater, one function each: train, resume, sample, evaluate, report."""
+"""What a person does with Headwater, one function each: train, resume, sample, evaluate, report, objects."""
 
 from __future__ import annotations
 
 import dataclasses
-import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from headwater import evaluation
+from headwater.objects import EVALUATION, SAMPLE, ObjectTable
 from headwater.policies import EnvironmentPolicy, Exploration, Policy
-from headwater.recipes.base import Recipe
+from headwater.recipes.base import Problem, Recipe
 from headwater.report import write_report
+from headwater.reward import cache_of
 from headwater.runs import Metrics, Run, Samples
 from headwater.sampler import Sampler
-from headwater.settings import INPUTS, load_recipe
+from headwater.settings import load_recipe
 from headwater.training import Evaluate, Trainer
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 BASELINE_LIMIT = 200_000
 """Most reward calls that the random-search baseline repeats."""
@@ -30,8 +38,10 @@ def train(recipe: Recipe, name: str, folder: Path, command: Sequence[str] = (), 
     copied into it.
     """
     recipe.problem(), recipe.given_states()  # what is wrong with a file or a reward shows before there is a folder
-    run = Run.create(folder, name, recipe.settings(), list(command), recipe.seed)
-    return _train(_keep_inputs(recipe, run, name), run, progress_bar)
+    files = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+    inputs = {setting: path for setting, path in files.items() if isinstance(path, Path) and path.is_file()}
+    run = Run.create(folder, name, recipe.settings(), list(command), recipe.seed, inputs)
+    return _train(load_recipe(run) if inputs else recipe, run, progress_bar)
 
 
 def resume(folder: Path, progress_bar: bool = True) -> Trainer:
@@ -43,7 +53,8 @@ def resume(folder: Path, progress_bar: bool = True) -> Trainer:
 def sample(folder: Path, count: int, condition: Sequence[float] | None = None, seed: int | None = None) -> list[Path]:
     """Draw `count` objects from a trained run and write them into its folder. Returns the files."""
     sampler, run = Sampler.load(folder), Run.open(folder)
-    samples = sampler.sample(count, condition, seed)
+    with _remembering(run, sampler, SAMPLE):
+        samples = sampler.sample(count, condition, seed)
     samples = dataclasses.replace(samples, extra=sampler.recipe.columns(samples.objects))
     return [*run.write_samples(samples), *sampler.recipe.write_samples(run, samples)]
 
@@ -51,7 +62,8 @@ def sample(folder: Path, count: int, condition: Sequence[float] | None = None, s
 def evaluate(folder: Path) -> dict[str, object]:
     """Measure how good a trained run's sampler is, and write evaluation.json."""
     run, sampler = Run.open(folder), Sampler.load(folder)
-    figures = _evaluation(run, sampler)
+    with _remembering(run, sampler, EVALUATION):
+        figures = _evaluation(run, sampler)
     run.write_json("evaluation.json", figures)
     return figures
 
@@ -66,19 +78,27 @@ def report(folder: Path) -> Path:
     return write_report(run, sampler.recipe.sections(run, sampler.problem.policy), defaults)
 
 
+def objects(folder: Path, count: int | None = None) -> list[Path]:
+    """Write the best `count` objects that a run ever scored (None: all of them) into its folder. Returns the files."""
+    return Run.open(folder).write_objects(count)
+
+
 def _train(recipe: Recipe, run: Run, progress_bar: bool) -> Trainer:
     torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
     problem = recipe.problem()
-    trainer = Trainer(
-        problem.policy, problem.reward, problem.conditions, recipe.objective, recipe.training, recipe.exploration,
-        recipe.replay, recipe.seed, run, _quick_evaluation(recipe), recipe.given_states(),
-    )  # fmt: skip
-    checkpoint = run.latest_checkpoint()
-    run.forget_metrics_after(checkpoint.iteration if checkpoint else 0)
-    if checkpoint is not None:
-        trainer.restore(checkpoint)
-    trainer.run(progress_bar)
+    with _held(run), _table(run, recipe) as table:
+        trainer = Trainer(
+            problem.policy, problem.reward, problem.conditions, recipe.objective, recipe.training, recipe.exploration,
+            recipe.replay, recipe.seed, run, _quick_evaluation(recipe, table), recipe.given_states(),
+        )  # fmt: skip
+        run.tidy()
+        checkpoint = run.latest_checkpoint()
+        run.forget_metrics_after(checkpoint.iteration if checkpoint else 0)
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+        _keep(problem, recipe, table, trainer.policy.version)
+        trainer.run(progress_bar)
     if not trainer.interrupted:
         sample(run.folder, recipe.samples)
         evaluate(run.folder)
@@ -86,26 +106,50 @@ def _train(recipe: Recipe, run: Run, progress_bar: bool) -> Trainer:
     return trainer
 
 
-def _keep_inputs(recipe: Recipe, run: Run, name: str) -> Recipe:
-    """Copy the files that settings name into the run folder, so that it can be resumed and moved without them."""
-    paths = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
-    kept = {field: path for field, path in paths.items() if isinstance(path, Path) and path.is_file()}
-    if not kept:
-        return recipe
-    (run.folder / INPUTS).mkdir(exist_ok=True)
-    for path in kept.values():
-        shutil.copyfile(path, run.folder / INPUTS / path.name)
-    run.write_settings(name, {**run.settings, **{field: f"{INPUTS}/{path.name}" for field, path in kept.items()}})
-    return load_recipe(run)
+@contextmanager
+def _held(run: Run) -> Iterator[None]:
+    """Keep the run from being trained by two processes at once; the system frees the lock however this one ends."""
+    with (run.folder / ".lock").open("w") as file:
+        try:
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise RuntimeError(f"{run.folder}: another process is training this run") from error
+        yield
 
 
-def _quick_evaluation(recipe: Recipe) -> Evaluate:
+def _table(run: Run, recipe: Recipe) -> AbstractContextManager[ObjectTable | None]:
+    """The run's table of scored objects, closed in the end; None where the recipe keeps none."""
+    return closing(ObjectTable(run.objects_path)) if recipe.keep_objects else nullcontext()
+
+
+def _keep(problem: Problem, recipe: Recipe, table: ObjectTable | None, resumed_at: int = sys.maxsize) -> None:
+    """Let the problem's reward look objects up in the table, and record there what it is asked for."""
+    cache = cache_of(problem.reward)
+    if table is not None and cache is not None:
+        cache.keep_in(table, recipe.text, resumed_at)
+
+
+@contextmanager
+def _remembering(run: Run, sampler: Sampler, origin: str) -> Iterator[None]:
+    """Rewards that the run knows are not paid for again, and new ones are kept, as asked for by `origin`."""
+    with _table(run, sampler.recipe) as table:
+        if table is not None:
+            table.origin, table.iteration = origin, sampler.problem.policy.version
+        _keep(sampler.problem, sampler.recipe, table)
+        yield
+
+
+def _quick_evaluation(recipe: Recipe, table: ObjectTable | None) -> Evaluate:
     """What is measured again and again while training: on random numbers of its own, and with rewards that are not
     counted.
     """
     twin, exact = recipe.problem(), recipe.exact_distribution()
+    _keep(twin, recipe, table)
 
     def measure(policy: Policy) -> Metrics:
+        if table is not None:
+            table.origin, table.iteration = EVALUATION, policy.version
         if exact is not None:
             return dict(exact.compare(policy))
         generator = torch.Generator().manual_seed(recipe.seed + 1)

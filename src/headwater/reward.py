@@ -10,8 +10,9 @@ import csv
 import logging
 import math
 import sys
+import time
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,9 +22,19 @@ import torch
 from torch import Tensor
 
 from headwater.environments.base import Objects
+from headwater.objects import ObjectTable
 from headwater.reward_worker import Failure, RewardError, RewardFunction, Worker, call_function, load_function
 
-__all__ = ["CachedReward", "FunctionReward", "Reward", "RewardError", "TableReward", "TemperedReward"]
+__all__ = [
+    "CACHE_CAPACITY",
+    "CachedReward",
+    "FunctionReward",
+    "Reward",
+    "RewardError",
+    "TableReward",
+    "TemperedReward",
+    "cache_of",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +43,9 @@ _log = logging.getLogger(__name__)
 _HOPELESS_BATCHES = 3
 _HOPELESS_OBJECTS = 30
 _MOST_REPORTS = 100
+
+CACHE_CAPACITY = 1_000_000
+"""Objects whose rewards a process remembers."""
 
 
 class Reward(Protocol):
@@ -165,35 +179,51 @@ class TableReward:
 
 
 class CachedReward:
-    """Asks `reward` for each distinct object once, failed ones included, and remembers the last `capacity` objects.
+    """Asks `reward` for each distinct object once: what it said is remembered here, the last `capacity` objects, failed
+    ones included, and once there is a table (`keep_in`) on disk too, where other processes and later ones find it.
 
-    The reward must not depend on the condition: put what does outside, as in `TemperedReward(CachedReward(...))`.
+    capacity 0 looks nothing up, for a reward that is computed in no time; the table still gets every object. Otherwise
+    the reward must not depend on the condition: put what does outside, as in `TemperedReward(CachedReward(...))`.
 
     requested: objects asked for so far.
     evaluated: those of them that went to `reward`.
     failed:    those of these that it failed on.
+    table:     where they are kept; None for nowhere.
     """
 
-    def __init__(self, reward: Reward, capacity: int = 1_000_000) -> None:
-        if capacity < 1:
-            raise ValueError(f"capacity is {capacity}, must be at least 1")
+    def __init__(self, reward: Reward, capacity: int = CACHE_CAPACITY) -> None:
+        if capacity < 0:
+            raise ValueError(f"capacity is {capacity}, must be at least 0")
         self.capacity = capacity
         self.requested = 0
         self.evaluated = 0
         self.failed = 0
+        self.table: ObjectTable | None = None
         self._reward = reward
+        self._text: Callable[[Objects], Sequence[str]] = list
         self._known: OrderedDict[Hashable, float] = OrderedDict()
+        self._repeated: set[str] = set()
+
+    def keep_in(
+        self, table: ObjectTable, text: Callable[[Objects], Sequence[str]], resumed_at: int = sys.maxsize
+    ) -> None:
+        """Look objects up in `table` and record them there from now on.
+
+        text: objects as text, different ones as different text. resumed_at: the iteration that a resumed run goes on
+        from. What its first life paid for after that counts as evaluated when it comes up again, once.
+        """
+        self.table, self._text = table, text
+        self._repeated = set(table.trained_on_from(resumed_at)) if self.capacity else set()
 
     def __call__(self, objects: Objects, condition: Tensor) -> Tensor:
+        self.requested += len(objects)
+        if not self.capacity:
+            return self._pay(objects, condition, [] if self.table is None else self._text(objects))
         keys = _keys(objects)
         first_of = {key: place for place, key in reversed(list(enumerate(keys)))}
         new = sorted(place for key, place in first_of.items() if key not in self._known)
-        self.requested += len(keys)
         if new:
-            chosen = objects[torch.tensor(new)] if isinstance(objects, Tensor) else [objects[place] for place in new]
-            found = self._reward(chosen, condition.new_empty(len(new), 0)).tolist()
-            self.evaluated += len(new)
-            self.failed += sum(map(math.isnan, found))
+            found = self._find(_chosen(objects, new), condition)
             self._known.update((keys[place], value) for place, value in zip(new, found, strict=True))
         values = [self._known[key] for key in keys]
         for key in first_of:
@@ -201,6 +231,34 @@ class CachedReward:
         while len(self._known) > self.capacity:
             self._known.popitem(last=False)
         return torch.tensor(values, dtype=torch.float32, device=condition.device)
+
+    def _find(self, objects: Objects, condition: Tensor) -> list[float]:
+        """log R of distinct objects, from the table where it has them."""
+        if self.table is None:
+            return self._pay(objects, condition.new_empty(len(objects), 0), []).tolist()
+        texts = self._text(objects)
+        known = self.table.lookup(texts)
+        again = self._repeated.intersection(known)
+        self.evaluated += len(again)
+        self._repeated -= again
+        missing = [place for place, text in enumerate(texts) if text not in known]
+        if missing:
+            unknown = [texts[place] for place in missing]
+            paid = self._pay(_chosen(objects, missing), condition.new_empty(len(missing), 0), unknown)
+            known.update(zip(unknown, paid.tolist(), strict=True))
+        return [known[text] for text in texts]
+
+    def _pay(self, objects: Objects, condition: Tensor, texts: Sequence[str]) -> Tensor:
+        """Ask the reward itself, and record its answers under `texts`."""
+        began = time.perf_counter()
+        log_reward = self._reward(objects, condition)
+        seconds = time.perf_counter() - began
+        values: list[float] = log_reward.tolist()
+        self.evaluated += len(values)
+        self.failed += sum(map(math.isnan, values))
+        if self.table is not None:
+            self.table.record(texts, values, seconds)
+        return log_reward
 
 
 @dataclass(frozen=True)
@@ -210,15 +268,22 @@ class TemperedReward:
     reward: Reward
     column: int = 0
 
-    @property
-    def evaluated(self) -> int | None:
-        """What a cache below has evaluated so far; None where there is no cache."""
-        return getattr(self.reward, "evaluated", None)
-
     def __call__(self, objects: Objects, condition: Tensor) -> Tensor:
         if not 0 <= self.column < condition.shape[1]:
             raise ValueError(f"column is {self.column}, the condition has {condition.shape[1]} columns")
         return condition[:, self.column].float() * self.reward(objects, condition)
+
+
+def cache_of(reward: Reward) -> CachedReward | None:
+    """The cache in a reward, beneath what depends on the condition; None where there is none."""
+    found: object = reward
+    while not (found is None or isinstance(found, CachedReward)):
+        found = getattr(found, "reward", None)
+    return found
+
+
+def _chosen(objects: Objects, places: list[int]) -> Objects:
+    return objects[torch.tensor(places)] if isinstance(objects, Tensor) else [objects[place] for place in places]
 
 
 def _as_list(objects: Objects) -> list[object]:

@@ -5,6 +5,8 @@
     provenance.json    command, versions, hardware, seed
     metrics.jsonl      one JSON object a logged iteration; events/ the same for TensorBoard
     checkpoints/       the newest checkpoints, each written whole or not at all
+    objects.sqlite     every object ever scored, with its log-reward, when it was first scored and who asked
+    inputs/            copies of the files that settings name
     samples.*          draws from the trained sampler; evaluation.json how good it is; figures/, report.html
 
 Nothing here is pickled: tensors are safetensors, the rest JSON, TOML, Parquet and CSV.
@@ -22,7 +24,7 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -38,10 +40,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from headwater.objects import ObjectTable
+
 Setting: TypeAlias = "bool | int | float | str | list[Setting] | dict[str, Setting]"
 Metrics: TypeAlias = dict[str, float | int]
 
 CHECKPOINTS_KEPT = 2
+_PARTIAL = ".partial-"
+_OBJECTS = pa.schema(
+    {"object": pa.string(), "log_reward": pa.float64(), "iteration": pa.int64(), "origin": pa.string()}
+)
+INPUTS = "inputs"
+"""Folder of a run in which files that settings name are kept; in settings.toml they stand as inputs/NAME."""
+
+
+class WriteError(RuntimeError):
+    """A file of the run cannot be written, for one because the disk is full. What it held before is still there."""
 
 
 @dataclass(frozen=True)
@@ -83,17 +97,32 @@ class Run:
         self.folder = folder
 
     @staticmethod
-    def create(folder: Path, recipe: str, settings: dict[str, Setting], command: list[str], seed: int) -> Run:
-        """Make the folder with its settings and provenance. Raises FileExistsError if it holds a run already."""
+    def create(
+        folder: Path,
+        recipe: str,
+        settings: dict[str, Setting],
+        command: list[str],
+        seed: int,
+        inputs: Mapping[str, Path] | None = None,
+    ) -> Run:
+        """Make the folder with its settings, its provenance and copies of the files `inputs`, by the settings that name
+        them. Raises FileExistsError if it holds a run already.
+        """
         if (folder / "settings.toml").exists():
             raise FileExistsError(
                 f"{folder} already holds a run; give another --out, or go on with: headwater resume {folder}"
             )
         folder.mkdir(parents=True, exist_ok=True)
         run = Run(folder)
-        run.write_settings(recipe, settings)
         run.write_json("provenance.json", provenance(command, seed))
         run._write_text("README.md", _README.format(folder=folder, recipe=recipe))
+        kept = {setting: f"{INPUTS}/{path.name}" for setting, path in (inputs or {}).items()}
+        for setting, path in (inputs or {}).items():
+            (folder / INPUTS).mkdir(exist_ok=True)
+            with writing(folder / kept[setting]):
+                shutil.copyfile(path, folder / kept[setting])
+        # Last: a folder with settings is a run, and all that it needs is there.
+        run._write_text("settings.toml", tomli_w.dumps({"recipe": recipe, **settings, **kept}))
         return run
 
     @staticmethod
@@ -102,9 +131,6 @@ class Run:
         if not (folder / "settings.toml").is_file():
             raise FileNotFoundError(f"{folder} holds no run: it has no settings.toml")
         return Run(folder)
-
-    def write_settings(self, recipe: str, settings: dict[str, Setting]) -> None:
-        self._write_text("settings.toml", tomli_w.dumps({"recipe": recipe, **settings}))
 
     @property
     def settings(self) -> dict[str, Setting]:
@@ -138,7 +164,8 @@ class Run:
 
     def append_metrics(self, row: Mapping[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else str(value) for name, value in row.items()}
-        with (self.folder / "metrics.jsonl").open("a") as file:
+        path = self.folder / "metrics.jsonl"
+        with writing(path), path.open("a") as file:
             file.write(json.dumps(finite) + "\n")
 
     def forget_metrics_after(self, iteration: int) -> None:
@@ -159,14 +186,7 @@ class Run:
 
     def write_samples(self, samples: Samples) -> list[Path]:
         """Write samples.parquet and samples.csv."""
-        columns = samples.columns()
-        with atomic(self.folder / "samples.parquet") as partial:
-            parquet.write_table(pa.table(columns), partial)
-        with atomic(self.folder / "samples.csv") as partial, partial.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns)
-            writer.writerows(zip(*columns.values(), strict=True))
-        return [self.folder / "samples.parquet", self.folder / "samples.csv"]
+        return self._write_table("samples", pa.table(samples.columns()))
 
     def samples(self) -> Samples | None:
         """The written samples, or None before there are any."""
@@ -181,29 +201,63 @@ class Run:
             extra=columns,
         )
 
+    @property
+    def objects_path(self) -> Path:
+        """Where the table of scored objects is, see `headwater.objects`."""
+        return self.folder / "objects.sqlite"
+
+    def objects(self, count: int | None = None) -> pa.Table:
+        """The best objects ever scored, best first: columns object, log_reward, iteration, origin.
+
+        count: how many; None for all. Raises FileNotFoundError if the run keeps no table of them.
+        """
+        if not self.objects_path.exists():
+            raise FileNotFoundError(
+                f"{self.folder} has no objects.sqlite: the run has scored nothing yet, or kept none"
+            )
+        with closing(ObjectTable(self.objects_path)) as table:
+            rows = table.best(count)
+        return pa.table([[row[column] for row in rows] for column in range(len(_OBJECTS))], schema=_OBJECTS)
+
+    def write_objects(self, count: int | None = None) -> list[Path]:
+        """Write objects.parquet and objects.csv, the best `count` objects ever scored, as `objects` returns them."""
+        return self._write_table("objects", self.objects(count))
+
+    def scored(self) -> dict[str, int]:
+        """How many distinct objects were scored, by who first asked for them; empty if no table of them is kept."""
+        if not self.objects_path.exists():
+            return {}
+        with closing(ObjectTable(self.objects_path)) as table:
+            return table.counts()
+
     def save_checkpoint(self, checkpoint: Checkpoint) -> Path:
-        """Write one checkpoint whole or not at all, then drop all but the newest few."""
+        """Write one checkpoint whole or not at all, then drop all but the newest few. Raises WriteError."""
         parent = self.folder / "checkpoints"
-        parent.mkdir(exist_ok=True)
         target = parent / f"iteration-{checkpoint.iteration:09d}"
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=parent))
-        try:
-            for part, tensors in checkpoint.tensors.items():
-                contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-                save_file(contiguous, str(partial / f"{part}.safetensors"))
-            state = {"iteration": checkpoint.iteration, **checkpoint.state}
-            (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-            for path in partial.iterdir():
-                _flush(path)
-            if target.exists():
-                shutil.rmtree(target)
-            partial.rename(target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        for old in self._checkpoints()[:-CHECKPOINTS_KEPT]:
-            shutil.rmtree(old)
+        with writing(target):
+            parent.mkdir(exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=parent))
+            try:
+                for part, tensors in checkpoint.tensors.items():
+                    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+                    save_file(contiguous, str(partial / f"{part}.safetensors"))
+                state = {"iteration": checkpoint.iteration, **checkpoint.state}
+                (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+                for path in (*partial.iterdir(), partial, *parent.parent.glob("metrics.jsonl")):
+                    _flush(path)
+                if target.exists():
+                    target.rename(f"{partial}-replaced")
+                partial.rename(target)
+                _flush(parent)
+            finally:
+                self.tidy()
         return target
+
+    def tidy(self) -> None:
+        """Drop all but the newest checkpoints, and what a failure left here or in a process that was killed."""
+        partial = (self.folder / "checkpoints").glob(f"{_PARTIAL}*")
+        for folder in (*partial, *self._checkpoints()[:-CHECKPOINTS_KEPT]):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def latest_checkpoint(self) -> Checkpoint | None:
         """The newest checkpoint, or None. Raises ValueError naming a file that does not read."""
@@ -224,6 +278,17 @@ class Run:
     def _toml(self) -> dict[str, Setting]:
         return tomllib.loads((self.folder / "settings.toml").read_text())
 
+    def _write_table(self, name: str, table: pa.Table) -> list[Path]:
+        """Write the table as Parquet and as CSV."""
+        columns = table.to_pydict()
+        with atomic(self.folder / f"{name}.parquet") as partial:
+            parquet.write_table(table, partial)
+        with atomic(self.folder / f"{name}.csv") as partial, partial.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            writer.writerows(zip(*columns.values(), strict=True))
+        return [self.folder / f"{name}.parquet", self.folder / f"{name}.csv"]
+
     def _write_text(self, name: str, text: str) -> None:
         with atomic(self.folder / name) as partial:
             partial.write_text(text)
@@ -232,13 +297,14 @@ class Run:
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; it takes `path`'s place when the block ends well, and vanishes
-    otherwise.
+    otherwise. Raises WriteError.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        yield partial
-        _flush(partial)
-        partial.replace(path)
+        with writing(path):
+            yield partial
+            _flush(partial)
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -284,9 +350,25 @@ def _memory_gib() -> float | None:
         return None
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say what could not be written, and why: errors of a full disk often name no file."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise WriteError(f"{path}: cannot be written: {reason}; what was there before is kept") from error
+
+
 def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Make a file, or the names in a folder, outlast a power cut."""
+    if path.is_dir() and os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 _README = """# A Headwater run: {recipe}
@@ -298,6 +380,7 @@ _README = """# A Headwater run: {recipe}
 | `provenance.json` | command, versions, hardware, seed |
 | `metrics.jsonl`, `events/` | the course of training (`events/` is for TensorBoard) |
 | `checkpoints/` | the newest checkpoints |
+| `objects.sqlite` | every object ever scored: its log-reward, the iteration it was first scored at, and who asked |
 | `samples.parquet`, `samples.csv` | draws from the trained sampler |
 | `evaluation.json` | how good the sampler is |
 | `figures/` | the report's figures |
@@ -306,6 +389,9 @@ _README = """# A Headwater run: {recipe}
     headwater sample {folder} --count 1000  # more draws
     headwater evaluate {folder}             # the figures again
     headwater report {folder}               # the report again
+    headwater objects {folder} --count 100  # the best objects ever scored, as Parquet and CSV
+
+    sqlite3 {folder}/objects.sqlite "select object, log_reward from objects order by log_reward desc limit 10"
 
 In Python: `from headwater import Sampler; Sampler.load("{folder}").sample(1000)`
 """

@@ -41,6 +41,7 @@ class Sampler:
             problem.policy.load_state_dict(weights)
         except RuntimeError as error:
             raise ValueError(f"{folder}: the checkpoint does not fit the settings: {error}") from error
+        problem.policy.version = int(str(checkpoint.state.get("version", 0)))
         problem.policy.requires_grad_(False)
         return Sampler(recipe, problem)
 

@@ -14,10 +14,8 @@ from pathlib import Path
 import tyro
 
 from headwater.recipes import Recipe, find
-from headwater.runs import Run
+from headwater.runs import INPUTS, Run
 
-INPUTS = "inputs"
-"""Folder of a run in which files that settings name are kept; in settings.toml they stand as inputs/NAME."""
 CONFIG_LIMIT = 1_000_000
 """Largest settings file that is read, in bytes."""
 

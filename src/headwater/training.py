@@ -18,15 +18,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from tensorboardX import SummaryWriter
 from torch import Tensor
 from tqdm import tqdm
 
 from headwater.conditions import Conditions
+from headwater.events import Events
 from headwater.objectives import Objective
 from headwater.policies.base import Exploration, Policy
 from headwater.replay import ReplaySettings
-from headwater.reward import Reward
+from headwater.reward import Reward, cache_of
 from headwater.runs import Checkpoint, Metrics, Run
 from headwater.search import InlineSearch
 from headwater.trajectories import Trajectories
@@ -150,7 +150,7 @@ class Trainer:
         self.optimizer = self._optimizer()
         self.iteration = 0
         self.seconds = 0.0
-        self.calls_before = 0
+        self.calls_before = self.saved_before = 0
         self.interrupted = False
 
     @property
@@ -256,13 +256,16 @@ class Trainer:
             "trajectories_per_second": self.search.drawn / max(self.seconds, 1e-9),
             "seconds": self.seconds,
             "failed": self.search.failed,
-            "reward_calls": self._reward_calls(),
+            **self._reward_calls(),
         }
 
-    def _reward_calls(self) -> int:
-        """Objects that the reward was really asked for, before and after a resume."""
-        evaluated = getattr(self.search.reward, "evaluated", None)
-        return self.search.drawn if evaluated is None else self.calls_before + int(evaluated)
+    def _reward_calls(self) -> dict[str, int]:
+        """Objects that the reward was really asked for, and those whose reward was known already, over all resumes."""
+        cache = cache_of(self.search.reward)
+        if cache is None:
+            return {"reward_calls": self.search.drawn}
+        saved = cache.requested - cache.evaluated
+        return {"reward_calls": self.calls_before + cache.evaluated, "reward_calls_saved": self.saved_before + saved}
 
     def _clip_gradient(self) -> float:
         """Scale the gradient down to the largest norm that is allowed; returns its norm before."""
@@ -284,8 +287,12 @@ class Trainer:
     # Checkpoints: all that one iteration hands to the next.
 
     def save(self) -> None:
-        if self.run_folder is not None:
-            self.run_folder.save_checkpoint(self.checkpoint())
+        if self.run_folder is None:
+            return
+        cache = cache_of(self.search.reward)
+        if cache is not None and cache.table is not None:
+            cache.table.flush()  # a checkpoint stands for all that was scored before it
+        self.run_folder.save_checkpoint(self.checkpoint())
 
     def checkpoint(self) -> Checkpoint:
         optimizer = self.optimizer.state_dict()
@@ -307,7 +314,7 @@ class Trainer:
             "drawn": self.search.drawn,
             "failed": self.search.failed,
             "seconds": self.seconds,
-            "reward_calls": self._reward_calls(),
+            **self._reward_calls(),
         }
         return Checkpoint(self.iteration, tensors, state)
 
@@ -332,6 +339,7 @@ class Trainer:
             )
             self.seconds = float(str(checkpoint.state["seconds"]))
             self.calls_before = int(str(checkpoint.state["reward_calls"]))
+            self.saved_before = int(str(checkpoint.state.get("reward_calls_saved", 0)))
             self.policy.version = self.sampler.version = int(str(checkpoint.state["version"]))
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"the checkpoint does not fit these settings: {error}") from error
@@ -363,7 +371,7 @@ class _Log:
 
     def __init__(self, run: Run | None, total: int, done: int, progress_bar: bool) -> None:
         self.run = run
-        self.events = SummaryWriter(str(run.folder / "events")) if run else None
+        self.events = Events(run.folder / "events", done) if run else None
         self.bar = tqdm(
             total=total, initial=done, disable=not progress_bar, unit="it", dynamic_ncols=True,
             mininterval=0.2 if sys.stderr.isatty() else 10,
@@ -385,5 +393,4 @@ class _Log:
         self.bar.set_postfix_str(", ".join(f"{label} {metrics[k]:.4g}" for k, label in shown.items() if k in metrics))
         if self.run is not None and self.events is not None:
             self.run.append_metrics(metrics)
-            for name, value in metrics.items():
-                self.events.add_scalar(name, value, int(metrics["iteration"]))
+            self.events.write(metrics)

@@ -27,7 +27,7 @@ from headwater.policies import EnvironmentPolicy, Network, Policy
 from headwater.policies.environment_policy import Backward
 from headwater.replay import ReplaySettings
 from headwater.report import Section
-from headwater.reward import CachedReward, Reward, TemperedReward
+from headwater.reward import CACHE_CAPACITY, CachedReward, Reward, TemperedReward
 from headwater.runs import Run, Samples, Setting
 from headwater.training import ExplorationSettings, Training
 
@@ -65,6 +65,8 @@ class Recipe(ABC):
     """How the search departs from the policy."""
     replay: ReplaySettings = field(default_factory=ReplaySettings)
     """What is remembered; used where training.replayed is above 0."""
+    keep_objects: bool = True
+    """Keep every object ever scored, with its reward, in objects.sqlite."""
 
     @abstractmethod
     def problem(self) -> Problem:
@@ -87,7 +89,7 @@ class Recipe(ABC):
         return None
 
     def text(self, objects: Objects) -> list[str]:
-        """Each object as one line of text."""
+        """Each object as one line of text, different objects as different text."""
         return [
             value if isinstance(value, str) else " ".join(map(str, cast("tuple[object, ...]", value)))
             for value in listed(objects)
@@ -179,7 +181,7 @@ class EnvironmentRecipe(Recipe):
 
     def problem(self) -> Problem:
         conditions: Conditions = NoCondition()
-        reward: Reward = CachedReward(self.base_reward()) if self.caches_reward else self.base_reward()
+        reward: Reward = CachedReward(self.base_reward(), CACHE_CAPACITY if self.caches_reward else 0)
         if self.inverse_temperatures is not None:
             conditions, reward = InverseTemperature(*self.inverse_temperatures), TemperedReward(reward)
         policy = EnvironmentPolicy(self.environment(), self.network, self.backward, conditions.size)

@@ -6,6 +6,7 @@ may contain.
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections import Counter
@@ -19,6 +20,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from headwater.objects import UNTRAINED
 from headwater.report import Section, charts, numbers
 from headwater.report.figures import DARK_PALETTE, PALETTE
 from headwater.report.glossary import EVALUATION, evaluation_term
@@ -67,7 +69,7 @@ def write(run: Run, sections: Sequence[Section], defaults: Mapping[str, object] 
         convergence=_inlined(convergence),
         sampled=_inlined(sampled),
         throughput=_inlined([throughput])[0] if throughput else None,
-        totals=_totals(last),
+        totals=_totals(last, run.scored()),
         palettes={"light": PALETTE, "dark": DARK_PALETTE},
         style=Markup(files("headwater.report").joinpath("style.css").read_text()),
     )
@@ -185,13 +187,16 @@ def _failures(last: Mapping[str, object]) -> str | None:
 # Tables
 
 
-def _totals(last: Mapping[str, object]) -> dict[str, str]:
-    """What training came to in all, by name."""
+def _totals(last: Mapping[str, object], scored: Mapping[str, int]) -> dict[str, str]:
+    """What training came to in all, by name. scored: distinct objects by who first asked for their rewards."""
     counted = {
         "iterations": as_float(last.get("iteration")),
         "trajectories drawn": as_float(last.get("trajectories")),
         "reward calls": as_float(last.get("reward_calls")),
+        "reward calls saved, the reward being known": as_float(last.get("reward_calls_saved")) or math.nan,
         "failed rewards": as_float(last.get("failed")),
+        "distinct objects scored in training": sum(n for who, n in scored.items() if who not in UNTRAINED) or math.nan,
+        "others scored to evaluate and to sample": sum(scored.get(who, 0) for who in UNTRAINED) or math.nan,
     }
     totals = {name: number(value) for name, value in counted.items() if np.isfinite(value)}
     seconds = as_float(last.get("seconds"))

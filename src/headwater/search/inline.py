@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from headwater.conditions import Conditions
+from headwater.environments.base import Objects
 from headwater.objectives import STEP_REWARD
 from headwater.policies.base import Exploration, Policy
 from headwater.policies.environment_policy import EnvironmentPolicy
 from headwater.replay import Replay
-from headwater.reward import Reward
+from headwater.reward import Reward, cache_of
 from headwater.trajectories import Trajectories
 
 
@@ -22,7 +23,8 @@ class InlineSearch:
 
     group_size: how many trajectories share one condition. step_rewards: also score every state on the way, for the
     objectives that ask for it. given: final states `[N, width]` of objects to walk back from, in the place of drawing
-    new ones. failed, drawn: trajectories so far whose reward failed, and all of them.
+    new ones. origin: who asked, in the table of scored objects. failed, drawn: trajectories so far whose reward failed,
+    and all of them.
     """
 
     policy: Policy
@@ -33,6 +35,7 @@ class InlineSearch:
     group_size: int = 1
     step_rewards: bool = False
     given: Tensor | None = None
+    origin: str = "inline"
     failed: int = 0
     drawn: int = 0
 
@@ -59,7 +62,8 @@ class InlineSearch:
 
     def score(self, drawn: Trajectories) -> Trajectories:
         """Give the trajectories their log-rewards and drop those whose reward failed."""
-        scored = drawn.with_log_reward(self.reward(self.policy.objects(drawn), drawn.condition))
+        origin = self.origin if self.given is None else "given"
+        scored = drawn.with_log_reward(self._ask(self.policy.objects(drawn), drawn.condition, origin))
         failed = scored.log_reward.isnan()
         if failed.any():
             scored = scored.select(~failed)
@@ -70,7 +74,14 @@ class InlineSearch:
         if not isinstance(self.policy, EnvironmentPolicy):
             raise ValueError("rewards of states on the way need a policy over an environment")
         objects = self.policy.environment.objects(batch.steps["state"])
-        step_reward = self.reward(objects, batch.condition[batch.index])
+        step_reward = self._ask(objects, batch.condition[batch.index], f"{self.origin}, on the way")
         scored = replace(batch, steps={**batch.steps, STEP_REWARD: step_reward})
         failed = batch.sum(step_reward.isnan().int()) > 0
         return scored.select(~failed) if failed.any() else scored
+
+    def _ask(self, objects: Objects, condition: Tensor, origin: str) -> Tensor:
+        """The reward, which writes down when it was asked and by whom."""
+        cache = cache_of(self.reward)
+        if cache is not None and cache.table is not None:
+            cache.table.origin, cache.table.iteration = origin, self.policy.version
+        return self.reward(objects, condition)

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor
 
+from headwater.replay.entries import Entries
 from headwater.replay.rules import (
-    Entries,
     Mixture,
     PerCondition,
     Recent,
@@ -62,7 +62,7 @@ class Replay:
         self._store = Store(capacity)
 
     def __len__(self) -> int:
-        return len(self._store.live)
+        return self._store.count
 
     def add(self, trajectories: Trajectories) -> None:
         """Remember scored trajectories.
@@ -77,12 +77,13 @@ class Replay:
         require(count >= 1, "count", count, "at least 1")
         if not len(self):
             raise ValueError("cannot draw from an empty replay: add trajectories first")
-        return self._store.gather(self._store.live[self.rule.draw(count, self._store.entries, generator)])
+        entries = self._store.entries
+        return entries.trajectories(self.rule.draw(count, entries, generator))
 
     def state(self) -> dict[str, Tensor]:
         """Everything that future draws and evictions depend on, by name; `load_state` is the inverse."""
         recent = {"recent": torch.tensor(self._store.recent)}
-        return recent | (self._store.gather(self._store.live).tensors() if len(self) else {})
+        return recent | (self._store.gather(self._store.slots).tensors() if len(self) else {})
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Become the replay whose `state` this is; raises ValueError, and changes nothing, if it is no such state."""
@@ -90,8 +91,8 @@ class Replay:
             raise ValueError("not the state of a replay: missing recent")
         store = Store(self.capacity)
         if len(tensors) > 1:
-            store.add(Trajectories.from_tensors({name: tensors[name] for name in tensors if name != "recent"}))
-            store.recent = min(int(tensors["recent"]), len(store.live))
+            batch = Trajectories.from_tensors({name: tensors[name] for name in tensors if name != "recent"})
+            store.add(batch, int(tensors["recent"]))
         self._store = store
 
     def save(self, path: str | Path) -> None:

@@ -204,7 +204,9 @@ def page(figures: dict[str, list[Row]], where: dict[str, object]) -> str:
     lines += ["", "Bytes a trajectory, and seconds for the whole:", ""]
     names = ["entries", "content", "disk", "resident", "counted", "state_seconds", "save_seconds", "load_seconds"]
     lines += ["| | " + " | ".join(name.replace("_", " ") for name in names) + " |", "|---" * (len(names) + 1) + "|"]
-    lines += [f"| {row['what']} | " + " | ".join(f"{row[name]:.4g}" for name in names) + " |" for row in figures["room"]]
+    lines += [
+        f"| {row['what']} | " + " | ".join(f"{row[name]:.4g}" for name in names) + " |" for row in figures["room"]
+    ]
     lines += [
         "",
         "content: the packed tensors themselves; resident: growth of the process; counted: memory that the replay says "

@@ -192,8 +192,7 @@ def _falling(
     size times its first weight, an entry in it uniformly, and accepted with probability weight / first weight.
     """
     n = len(entries)
-    edges = torch.cat([edges.new_tensor([0]), edges[(edges > 0) & (edges < n)], edges.new_tensor([n])])
-    edges = edges.unique_consecutive()
+    edges = torch.unique(torch.cat([edges.new_tensor([0]), edges[(edges > 0) & (edges < n)], edges.new_tensor([n])]))
     first, size = edges[:-1], edges.diff()
     bound = weight(first)
     cumulative = (size * bound).cumsum(0)

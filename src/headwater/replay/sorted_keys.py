@@ -11,7 +11,7 @@ import torch
 from numba import njit
 from numpy.typing import NDArray
 
-_BLOCK = 512  # keys: 4 KiB, short to shift, and few enough blocks to count through
+_BLOCK = 128  # keys: 1 KiB, short to shift, and few enough blocks to count through
 _MERGE = 3 * _BLOCK // 4  # neighbours that together hold no more become one
 _USED, _SPARE, _EVER = 0, 1, 2  # the sizes: blocks in use, blocks given back, blocks ever used
 
@@ -42,11 +42,11 @@ class SortedKeys:
 
     def add(self, keys: NDArray[np.int64]) -> None:
         """Add `keys`, none of which may be there already."""
-        _add(*self._arrays, keys)
+        _add(*self._arrays, np.sort(keys))  # in order, neighbours find their block at hand
 
     def remove(self, keys: NDArray[np.int64]) -> None:
         """Remove `keys`, each of which must be there."""
-        _remove(*self._arrays, keys)
+        _remove(*self._arrays, np.sort(keys))
 
     def at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """The keys at these positions of the rising order, each from 0 to the number of keys less 1."""

@@ -20,6 +20,7 @@ from headwater.replay.sorted_keys import SortedKeys, reserve
 from headwater.trajectories import Trajectories
 
 _LOW = np.int64(0xFFFF_FFFF)  # the lower half of an index's key
+_AGES = 2**31  # of an int32
 
 
 class Store:
@@ -77,13 +78,13 @@ class Store:
         key = entry_key(batch)
         newest = len(key) - 1 - np.unique(key[::-1], return_index=True)[1]  # the last of each key
         newest = np.sort(newest)[-self.capacity :]
-        known = self._known(key[newest])
-        self._remove(known)
-        self._remove(self.slots_at(np.arange(max(self.count + len(newest) - self.capacity, 0))))
         if len(newest) < len(batch):
             chosen = batch.select(torch.from_numpy(newest)).tensors()
             steps, rows = ({name: chosen[name].detach() for name in part} for part in (steps, rows))
-        self._insert(steps, rows, key[newest])
+        slots = self._known(key[newest])
+        known = slots[slots >= 0]
+        self._evict(self.count + len(slots) - len(known) - self.capacity, known)
+        self._put(steps, rows, key[newest], slots)
         self.recent = len(newest) if recent is None else min(recent, self.count)
         self.entries = StoredEntries(self)
 
@@ -95,56 +96,64 @@ class Store:
         return Trajectories.from_tensors(rows | self.pages.read(self.first_page[slots], rows["lengths"].numpy()))
 
     def _known(self, key: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The slots of the entries that have one of these keys."""
+        """The slot of the entry that has each of these keys, or -1."""
+        slots = np.full(len(key), -1)
+        asked = np.arange(len(key))
         position = self.by_key.below(_joined(key >> 32, 0))
-        found = []
         while True:  # more than once only where two keys have the same upper half
-            position, key = position[position < self.count], key[position < self.count]
-            candidate = self.by_key.at(position)
-            alike = candidate >> 32 == key >> 32
+            there = position < self.count
+            asked, position = asked[there], position[there]
+            found = self.by_key.at(position)
+            alike = found >> 32 == key[asked] >> 32
             if not alike.any():
-                return np.concatenate([*found, np.empty(0, np.int64)])
-            slot, position, key = candidate[alike] & _LOW, position[alike] + 1, key[alike]
-            same = self.key[slot] == key
-            found.append(slot[same])
-            position, key = position[~same], key[~same]
+                return slots
+            asked, position, slot = asked[alike], position[alike] + 1, found[alike] & _LOW
+            same = self.key[slot] == key[asked]
+            slots[asked[same]] = slot[same]
+            asked, position = asked[~same], position[~same]
 
-    def _remove(self, slots: NDArray[np.int64]) -> None:
-        if not len(slots):
+    def _evict(self, excess: int, known: NDArray[np.int64]) -> None:
+        """Take out the entries in the slots `known`, which stay theirs, and of the others the `excess` oldest."""
+        oldest = self.slots_at(np.arange(min(excess + len(known), self.count))) if excess > 0 else known[:0]
+        evicted = oldest[~np.isin(oldest, known)][: max(excess, 0)]
+        leaving = np.concatenate([known, evicted])
+        if not len(leaving):
             return
         assert self.pages is not None
-        self.by_age.remove(_joined(self.age[slots], slots))
-        self.by_reward.remove(self._reward_key(slots))
-        self.by_key.remove(_joined(self.key[slots] >> 32, slots))
-        self.pages.free(self.first_page[slots], self.rows["lengths"].numpy()[slots])
-        self.free[self.n_free : self.n_free + len(slots)] = slots
-        self.n_free += len(slots)
-        self.count -= len(slots)
+        self.by_age.remove(_joined(self.age[leaving], leaving))
+        self.by_reward.remove(self._reward_key(leaving))
+        self.by_key.remove(_joined(self.key[evicted] >> 32, evicted))
+        self.pages.free(self.first_page[leaving], self.rows["lengths"].numpy()[leaving])
+        self.free[self.n_free : self.n_free + len(evicted)] = evicted
+        self.n_free += len(evicted)
+        self.count -= len(leaving)
 
-    def _insert(self, steps: dict[str, Tensor], rows: dict[str, Tensor], key: NDArray[np.int64]) -> None:
-        """Entries of new keys, for which there is room."""
+    def _put(
+        self, steps: dict[str, Tensor], rows: dict[str, Tensor], key: NDArray[np.int64], slots: NDArray[np.int64]
+    ) -> None:
+        """Store entries in these slots, new ones where a slot is -1; there is room, and no entry has their keys."""
         assert self.pages is not None
-        count = len(key)
-        if self.next_age + count > 2**31:
-            self._renumber()
-        reused = min(count, self.n_free)
-        fresh = np.arange(self.n_slots, self.n_slots + count - reused)
-        slots = np.concatenate([self.free[self.n_free - reused : self.n_free], fresh]).astype(np.int64)
+        new = np.flatnonzero(slots < 0)
+        reused = min(len(new), self.n_free)
         self.n_free -= reused
-        self.n_slots += len(fresh)
+        slots[new[:reused]] = self.free[self.n_free : self.n_free + reused]
+        slots[new[reused:]] = np.arange(self.n_slots, self.n_slots + len(new) - reused)
+        self.n_slots += len(new) - reused
+        self.by_key.add(_joined(key[new] >> 32, slots[new]))
+        if self.next_age + len(slots) > _AGES:
+            self._renumber()
         for name, tensor in rows.items():
             self.rows[name][torch.from_numpy(slots)] = tensor
         self.first_page[slots] = self.pages.write(steps, rows["lengths"].numpy())
         self.key[slots] = key
-        self.age[slots] = np.arange(self.next_age, self.next_age + count)
-        self.next_age += count
-        self.count += count
+        self.age[slots] = np.arange(self.next_age, self.next_age + len(slots))
+        self.next_age += len(slots)
+        self.count += len(slots)
         self.by_age.add(_joined(self.age[slots], slots))
         self.by_reward.add(self._reward_key(slots))
-        self.by_key.add(_joined(key >> 32, slots))
 
     def _renumber(self) -> None:
-        """Count ages from 0 again: once in 2^31 entries, so that half a key is enough for them."""
+        """Count ages from 0 again: once in 2^31 entries."""
         slots = self.slots
         self.age[slots] = np.arange(self.count)
         self.next_age = self.count

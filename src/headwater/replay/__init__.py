@@ -7,15 +7,17 @@ keeps the entries, packed.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor
 
+from headwater.replay.diverse import Diverse, ObjectsOf, Pairwise, final_states, hamming
 from headwater.replay.entries import Entries
 from headwater.replay.rules import (
     Mixture,
@@ -29,11 +31,14 @@ from headwater.replay.rules import (
     require,
 )
 from headwater.replay.store import Store
+from headwater.reward_worker import load_function
 from headwater.trajectories import Trajectories
 
 __all__ = [
+    "Diverse",
     "Entries",
     "Mixture",
+    "Pairwise",
     "PerCondition",
     "Recent",
     "Replay",
@@ -43,6 +48,8 @@ __all__ = [
     "Rule",
     "Stratified",
     "Uniform",
+    "final_states",
+    "hamming",
 ]
 
 _FORMAT = "headwater.replay.1"
@@ -132,18 +139,31 @@ class ReplaySettings:
     """Probability that a draw is from the most recent batch, whatever the rule."""
     per_condition: int = 0
     """Draw this many entries of each condition that is drawn; 0 draws without regard to conditions."""
+    candidates: int = 1
+    """Candidates for each trajectory drawn, by the rule; above 1 the most different are kept, the best among them."""
+    distance: str = "hamming"
+    """How different two objects are: hamming, of final states, or your function of two objects as module:function."""
 
     def __post_init__(self) -> None:
         require(self.capacity >= 1, "capacity", self.capacity, "at least 1")
         require(self.rule in self._rules(), "rule", self.rule, "one of " + ", ".join(self._rules()))
         require(0 <= self.recent_probability <= 1, "recent_probability", self.recent_probability, "from 0 to 1")
         require(self.per_condition >= 0, "per_condition", self.per_condition, "at least 0")
+        require(self.candidates >= 1, "candidates", self.candidates, "at least 1")
+        named = self.distance == "hamming" or ":" in self.distance
+        require(named, "distance", self.distance, "hamming or module:function")
 
-    def build(self) -> Replay:
-        """An empty replay of these settings."""
+    def build(self, objects: ObjectsOf = final_states) -> Replay:
+        """An empty replay of these settings. objects: how trajectories give the objects that `distance` takes, such as
+        `Policy.objects`. Raises ValueError where the distance cannot be found."""
         rule = self._rules()[self.rule]
         if self.recent_probability:
             rule = Mixture(self.recent_probability, rule)
+        if self.candidates > 1 and self.distance == "hamming":
+            rule = Diverse(rule, self.candidates)
+        elif self.candidates > 1:
+            function = cast(Callable[[object, object], float], load_function(self.distance, "distance"))
+            rule = Diverse(rule, self.candidates, Pairwise(function), objects)
         if self.per_condition:
             rule = PerCondition(rule, self.per_condition)
         return Replay(self.capacity, rule)

@@ -6,6 +6,8 @@ slabs, each as large as all before it, of which the operating system gives only 
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from numba import njit
@@ -28,10 +30,10 @@ class Pages:
 
     def __init__(self, steps: dict[str, Tensor], mean_length: float) -> None:
         self.like = {name: tensor[:0].clone() for name, tensor in steps.items()}
-        step_bytes = sum(tensor[:1].nbytes for tensor in steps.values())
+        step_bytes = sum(_step_bytes(tensor) for tensor in steps.values())
         self.page = max(4, round((8 * mean_length / max(step_bytes, 1)) ** 0.5))
         self._slabs = {
-            name: (np.empty((0, self.page * (tensor[:1].nbytes)), np.uint8),) * _SLABS for name, tensor in steps.items()
+            name: (np.empty((0, self.page * _step_bytes(tensor)), np.uint8),) * _SLABS for name, tensor in steps.items()
         }
         self._next = (np.empty(0, np.int32),) * _SLABS
         self._sizes = np.zeros(3, np.int64)
@@ -74,6 +76,10 @@ class Pages:
 
     def _with_slab(self, slabs: tuple[np.ndarray, ...], new: np.ndarray) -> tuple[np.ndarray, ...]:
         return (*slabs[: self._n_slabs], new, *slabs[self._n_slabs + 1 :])
+
+
+def _step_bytes(tensor: Tensor) -> int:
+    return tensor.element_size() * math.prod(tensor.shape[1:])
 
 
 def _as_bytes(tensor: Tensor) -> NDArray[np.uint8]:

@@ -45,11 +45,11 @@ class Entries:
 
     def ranked_log_reward(self, positions: Tensor) -> Tensor:
         """`[K]` float32, the log-rewards of the entries at these positions by falling log-reward."""
-        return self.log_reward[self._best_first[positions]]
+        return self._falling_log_reward[positions]
 
     def n_above(self, log_reward: Tensor) -> Tensor:
         """`[K]` int64, how many entries have a log-reward above each of these (`[K]` float32)."""
-        return torch.searchsorted(-self.log_reward[self._best_first], -log_reward)
+        return torch.searchsorted(-self._falling_log_reward, -log_reward)
 
     def trajectories(self, indices: Tensor) -> Trajectories:
         """The entries at `[K]` indices, as a batch; raises TypeError where there are only columns."""
@@ -58,18 +58,20 @@ class Entries:
         return self._gather(indices)
 
     @cached_property
-    def group(self) -> Tensor:
-        """`[n]` int64, equal for entries of equal condition, numbered from 0."""
-        return torch.unique(self.condition_key, return_inverse=True)[1]
-
-    @cached_property
-    def by_group(self) -> Tensor:
-        """`[n]` int64, the entries one group after the other, each oldest first."""
-        return self.group.argsort(stable=True)
+    def by_condition(self) -> tuple[Tensor, Tensor]:
+        """`[n]` int64, the entries one condition after the other, by rising key, each oldest first; and `[G]` int64,
+        where each of the G conditions ends there.
+        """
+        keys, order = self.condition_key.sort(stable=True)
+        return order, torch.unique_consecutive(keys, return_counts=True)[1].cumsum(0)
 
     @cached_property
     def _best_first(self) -> Tensor:
         return self.log_reward.argsort(descending=True, stable=True)
+
+    @cached_property
+    def _falling_log_reward(self) -> Tensor:
+        return self.log_reward[self._best_first]
 
     def select(self, chosen: Tensor) -> Entries:
         """The entries at `chosen`, `[K]` indices in rising order."""

@@ -16,22 +16,22 @@ from torch import Tensor
 
 from headwater.replay.sorted_keys import reserve
 
-_FIRST = 1 << 14  # pages of the first slab; of slab i > 0, 2^(i - 1) times as many
-_SLABS = 17  # up to 2^30 pages
+_FIRST = 1 << 10  # pages of the first slab; of slab i > 0, 2^(i - 1) times as many
+_SLABS = 21  # up to 2^30 pages
 _USED, _FREED, _FREE = 0, 1, 2  # the sizes: pages ever used, pages given back, the first of these (they are chained)
 
 
 class Pages:
     """The per-step tensors of entries, by name, in pages of a few steps.
 
-    A page costs its trajectory 4 bytes for the next one and, on average, half a page left empty: the number of steps in
-    a page makes the two together least for trajectories like the ones given.
+    A page costs its trajectory 4 bytes for the next one and, on average, half a page left empty: its size makes the two
+    together least for trajectories of `mean_length`, but a page of less than 96 bytes would be slow to follow.
     """
 
     def __init__(self, steps: dict[str, Tensor], mean_length: float) -> None:
         self.like = {name: tensor[:0].clone() for name, tensor in steps.items()}
-        step_bytes = sum(_step_bytes(tensor) for tensor in steps.values())
-        self.page = max(4, round((8 * mean_length / max(step_bytes, 1)) ** 0.5))
+        step_bytes = max(sum(_step_bytes(tensor) for tensor in steps.values()), 1)
+        self.page = max(1, round(min(mean_length, max((8 * mean_length / step_bytes) ** 0.5, 96 / step_bytes))))
         self._slabs = {
             name: (np.empty((0, self.page * _step_bytes(tensor)), np.uint8),) * _SLABS for name, tensor in steps.items()
         }

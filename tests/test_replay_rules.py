@@ -86,6 +86,27 @@ def test_draws_by_reward_and_rank_are_exact_at_every_scale(spread: float, ties: 
         assert excess(RewardRank(k), entries, 1 / (1 + rank / (k * 200))) < 5
 
 
+class Counted(Entries):
+    """Entries that count the positions that they are asked about."""
+
+    asked = 0
+
+    def ranked_log_reward(self, positions: Tensor) -> Tensor:
+        self.asked += len(positions)
+        return super().ranked_log_reward(positions)
+
+
+@pytest.mark.parametrize("rule", [RewardSoftmax(1e-30), RewardSoftmax(1.0), RewardRank(1e-3), RewardRank(1.0)])
+@pytest.mark.parametrize("n_best", [1, 900, 1003])
+def test_few_proposals_are_refused_whatever_the_ties(rule: Rule, n_best: int) -> None:
+    """Also where many equal ones end inside a stratum, whose first weight is then far above the others'."""
+    rewards = torch.cat([torch.full((n_best,), 7.0), torch.linspace(-5, 5, 100_000 - n_best)])
+    zeros = torch.zeros(len(rewards), dtype=torch.int64)
+    entries = Counted(rewards, zeros, zeros, 0)
+    rule.draw(2000, entries, Generator().manual_seed(0))
+    assert entries.asked < 3500
+
+
 def test_the_stratified_rule_gives_the_top_its_share() -> None:
     rewards = torch.arange(20.0).flip(0)
     expected = torch.where(rewards >= 15, 0.7 / 5, 0.3 / 15)

@@ -82,9 +82,6 @@ class RewardRank:
         n = len(entries)
         steps = torch.arange(1, int((math.log1p(self.k) - math.log(self.k)) / _STEP) + 1, dtype=torch.float64)
         edges = (self.k * n * (steps * _STEP).expm1()).clamp(max=n - 1).ceil().long()
-        values = entries.ranked_log_reward(edges)
-        # Equal rewards have equal weights: they belong to one stratum, that of the first of them.
-        edges = torch.where(entries.n_above(values) == edges, edges, _n_at_least(entries, values))
 
         def weight(positions: Tensor) -> Tensor:
             return 1 / (1 + entries.n_above(entries.ranked_log_reward(positions)).double() / (self.k * n))

@@ -1,61 +1,29 @@
-"""The replay buffer against a plain list, its rules against the distributions that they promise."""
+"""The replay buffer against a plain list: what it holds, what it costs, and that it goes on where it was saved."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from torch import Generator, Tensor
+from torch import Generator
 
 from headwater.replay import (
     Entries,
-    Mixture,
-    PerCondition,
     Recent,
     Replay,
-    ReplaySettings,
-    RewardRank,
-    RewardSoftmax,
     Rule,
-    Stratified,
     Uniform,
+    store,
 )
+from headwater.replay.pages import Pages
 from headwater.trajectories import Trajectories
-
-
-def batch_of(
-    identity: list[int],
-    condition: list[float] | None = None,
-    log_reward: list[float] | None = None,
-    lengths: list[int] | None = None,
-    serial: int = 0,
-) -> Trajectories:
-    """Trajectories whose every other content follows from a serial number, so that a mix-up shows."""
-    count = len(identity)
-    length = torch.tensor(lengths or [1] * count)
-    step = torch.arange(int(length.sum())) + 1000 * serial
-    return Trajectories(
-        steps={"states": step[:, None].int() * torch.tensor([1, -1], dtype=torch.int32), "actions": step},
-        lengths=length,
-        condition=torch.tensor(condition or [0.0] * count)[:, None],
-        log_reward=torch.tensor(log_reward or [0.0] * count),
-        log_behaviour=torch.arange(count) - 100.0 * serial,
-        version=torch.full((count,), serial),
-        identity=torch.tensor(identity),
-    )
-
-
-def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    assert left.keys() == right.keys()
-    for name in left:
-        assert left[name].dtype == right[name].dtype
-        assert torch.equal(left[name], right[name]), name
-
+from replay_helpers import EVERY_RULE, RULES, assert_same, batch_of, filled
 
 members = st.lists(
     st.tuples(st.integers(-3, 9), st.sampled_from([0.0, 1.0]), st.integers(1, 5)),
@@ -112,8 +80,9 @@ def test_a_long_run_with_many_duplicates_keeps_the_contents_and_a_bounded_memory
     assert list(zip(drawn["identity"].tolist(), drawn["version"].tolist(), strict=True)) == expected
     first_step = drawn["steps.actions"][drawn["lengths"].cumsum(0) - drawn["lengths"]]
     assert torch.equal(first_step // 1000, drawn["version"])
-    assert replay._store.steps["steps.actions"].shape[0] < 1.6 * drawn["steps.actions"].shape[0]
-    assert replay._store.alive.shape[0] < 1.6 * 500
+    assert replay._store.n_slots == 500
+    content = sum(tensor.nbytes for tensor in drawn.values())
+    assert replay._store.nbytes < 2 * content
 
 
 def test_equal_objects_under_different_conditions_are_two_entries_and_both_zeros_one_condition() -> None:
@@ -168,147 +137,113 @@ def test_drawing_from_an_empty_replay_or_nothing_is_an_error() -> None:
         replay.sample(0, Generator())
 
 
-# Rules
+def assert_continues_alike(left: Replay, right: Replay, seed: int) -> None:
+    """The same draws by every rule."""
+    for rule in EVERY_RULE:
+        left.rule = right.rule = rule
+        draws = [each.sample(24, Generator().manual_seed(seed)).tensors() for each in (left, right)]
+        assert_same(*draws)
 
 
-def entries_of(log_reward: list[float], condition: list[int] | None = None, recent: int = 0) -> Entries:
-    count = len(log_reward)
-    return Entries(
-        torch.tensor(log_reward), torch.tensor(condition or [0] * count), torch.zeros(count, dtype=torch.int64), recent
-    )
-
-
-def chi_square(rule: Rule, entries: Entries, probability: Tensor, count: int = 40_000, seed: int = 7) -> float:
-    """By how many standard deviations the chi-square statistic of the draws exceeds its mean; infinite if an entry of
-    probability 0 is drawn."""
-    drawn = rule.draw(count, entries, Generator().manual_seed(seed))
-    assert drawn.shape == (count,)
-    assert drawn.dtype == torch.int64
-    observed = torch.bincount(drawn, minlength=len(entries)).double()
-    possible = probability > 0
-    if observed[~possible].any():
-        return float("inf")
-    expected = count * probability.double() / probability.double().sum()
-    statistic = ((observed - expected)[possible] ** 2 / expected[possible]).sum()
-    freedom = max(int(possible.sum()) - 1, 1)
-    return float((statistic - freedom) / (2 * freedom) ** 0.5)
-
-
-REWARDS = [0.5, -1.0, 2.0, 2.0, -3.0, 0.0, 1.0, 1.5, -0.5, 0.2]
-
-
-def test_the_uniform_rule_draws_uniformly() -> None:
-    assert chi_square(Uniform(), entries_of(REWARDS), torch.ones(10)) < 4
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_the_softmax_rule_draws_by_reward_at_its_temperature(temperature: float) -> None:
-    rule, entries = RewardSoftmax(temperature), entries_of(REWARDS)
-    assert chi_square(rule, entries, torch.tensor(REWARDS).div(temperature).exp()) < 4
-    assert chi_square(rule, entries, torch.tensor(REWARDS).div(1.3 * temperature).exp()) > 10
-    shifted = entries_of([value + 5000 for value in REWARDS])
-    assert torch.equal(*(rule.draw(50, each, Generator().manual_seed(0)) for each in (entries, shifted)))
-
-
-@pytest.mark.parametrize("k", [0.01, 1.0])
-def test_the_rank_rule_weighs_by_the_number_of_better_entries(k: float) -> None:
-    rank = torch.tensor([sum(other > one for other in REWARDS) for one in REWARDS])
-    assert chi_square(RewardRank(k), entries_of(REWARDS), 1 / (k * 10 + rank)) < 4
-    assert chi_square(RewardRank(k), entries_of(REWARDS), 1 / (1.5 * k * 10 + rank)) > 10
-
-
-def test_the_stratified_rule_gives_the_top_its_share() -> None:
-    rewards = torch.arange(20.0).flip(0)
-    expected = torch.where(rewards >= 15, 0.7 / 5, 0.3 / 15)
-    assert chi_square(Stratified(0.7, 0.75), entries_of(rewards.tolist()), expected) < 4
-    drawn = Stratified(0.7, 0.75).draw(10, entries_of(rewards.tolist()), Generator().manual_seed(0))
-    assert int((rewards[drawn] >= 15).sum()) == 7
-
-
-def test_the_stratified_share_is_right_on_average_in_draws_of_one() -> None:
-    entries, generator = entries_of([0.0] * 9 + [1.0]), Generator().manual_seed(3)
-    top = sum(int(Stratified(0.25, 0.9).draw(1, entries, generator)) == 9 for _ in range(4000))
-    assert abs(top - 1000) < 4 * (4000 * 0.25 * 0.75) ** 0.5
-
-
-@pytest.mark.parametrize(
-    ("rewards", "expected"),
-    [
-        ([1.0] * 6, [1.0] * 6),
-        ([0.0, 0.0, 0.0, 0.0, 0.0, 1.0], [0.1, 0.1, 0.1, 0.1, 0.1, 0.5]),
-        ([0.0, 1.0, 1.0, 1.0, 1.0, 1.0], [0.5, 0.1, 0.1, 0.1, 0.1, 0.1]),
-        ([3.0], [1.0]),
-    ],
+rewarded = st.lists(
+    st.tuples(st.integers(0, 30), st.sampled_from([-300.0, -0.0, 0.0, 1.0, 1.5, 200.0]), st.integers(1, 30)),
+    min_size=1,
+    max_size=12,
 )
-def test_the_stratified_rule_copes_with_ties(rewards: list[float], expected: list[float]) -> None:
-    for quantile in (0.2, 0.5, 0.8):
-        assert chi_square(Stratified(0.5, quantile), entries_of(rewards), torch.tensor(expected)) < 4
 
 
-def test_the_recent_rule_hands_out_the_newest_in_order_and_repeats_when_short() -> None:
-    entries = entries_of([0.0] * 5)
-    assert Recent().draw(3, entries, Generator()).tolist() == [2, 3, 4]
-    assert Recent().draw(7, entries, Generator()).tolist() == [3, 4, 0, 1, 2, 3, 4]
+@settings(max_examples=60, deadline=None)
+@given(capacity=st.integers(1, 25), batches=st.lists(rewarded, min_size=1, max_size=15), seed=st.integers(0, 99))
+def test_draws_depend_on_the_entries_alone_not_on_how_they_came(
+    capacity: int, batches: list[list[tuple[int, float, int]]], seed: int
+) -> None:
+    replay = Replay(capacity, Recent())
+    for serial, rows in enumerate(batches):
+        identity, log_reward, lengths = (list(column) for column in zip(*rows, strict=True))
+        condition = [float(one % 3) for one in identity]
+        replay.add(batch_of(identity, condition, log_reward, lengths, serial))
+        if serial % 4 == 0:
+            restored = Replay(capacity, Recent())
+            restored.load_state(replay.state())
+            assert_continues_alike(replay, restored, seed)
 
 
-def test_a_mixture_draws_from_the_recent_batch_with_its_probability() -> None:
-    expected = torch.full((10,), 0.4 / 10)
-    expected[-3:] += 0.6 / 3
-    assert chi_square(Mixture(0.6, Uniform()), entries_of(REWARDS, recent=3), expected) < 4
-    assert chi_square(Mixture(0.5, Uniform()), entries_of(REWARDS, recent=3), expected) > 10
-    assert chi_square(Mixture(0.6, Uniform()), entries_of(REWARDS, recent=0), torch.ones(10)) < 4
-    assert chi_square(Mixture(1.0, Uniform()), entries_of(REWARDS, recent=1), (torch.arange(10) == 9).double()) < 4
+@settings(max_examples=60, deadline=None)
+@given(batches=st.lists(rewarded, min_size=1, max_size=6), seed=st.integers(0, 99))
+def test_the_orders_that_a_replay_maintains_are_those_that_sorting_gives(
+    batches: list[list[tuple[int, float, int]]], seed: int
+) -> None:
+    replay = Replay(20, Recent())
+    for serial, rows in enumerate(batches):
+        identity, log_reward, lengths = (list(column) for column in zip(*rows, strict=True))
+        replay.add(batch_of(identity, None, log_reward, lengths, serial))
+    kept = replay._store.entries
+    plain = Entries(kept.log_reward, kept.condition_key, kept.version, kept.recent, kept.trajectories)
+    everywhere = torch.arange(len(kept))
+    assert torch.equal(kept.ranked(everywhere), plain.ranked(everywhere))
+    assert torch.equal(kept.ranked_log_reward(everywhere), plain.ranked_log_reward(everywhere))
+    asked = torch.tensor([-torch.inf, -300.1, -300.0, -1e-45, -0.0, 0.0, 1e-45, 1.25, 200.0, 1e30, torch.inf])
+    assert torch.equal(kept.n_above(asked), plain.n_above(asked))
+    by_formula = (plain.log_reward[None, :] > asked[:, None]).sum(1)
+    assert torch.equal(kept.n_above(asked), by_formula)
+    for rule in EVERY_RULE:
+        assert torch.equal(*(rule.draw(24, each, Generator().manual_seed(seed)) for each in (kept, plain)))
 
 
-def test_per_condition_draws_full_groups_of_different_conditions_and_within_each_by_the_rule() -> None:
-    condition = [7, 7, 7, 7, 7, 7, -2, -2, 4, 4]
-    entries = entries_of(REWARDS, condition)
-    rule = PerCondition(RewardSoftmax(1.0), 4)
-    for seed in range(20):
-        drawn = rule.draw(12, entries, Generator().manual_seed(seed)).view(3, 4)
-        groups = torch.tensor(condition)[drawn]
-        assert (groups == groups[:, :1]).all()
-        assert set(groups[:, 0].tolist()) == {7, -2, 4}
-    weight = torch.tensor(REWARDS).exp()
-    for one in (7, -2, 4):
-        inside = torch.tensor(condition) == one
-        weight[inside] /= weight[inside].sum()
-    assert chi_square(rule, entries, weight) < 4
-    with pytest.raises(ValueError, match="cannot draw 6 entries, 4 of each condition"):
-        rule.draw(6, entries, Generator())
+def test_counting_ages_anew_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, renumbered = filled(Uniform()), Replay(80, Uniform())
+    monkeypatch.setattr(store, "_AGES", 125)
+    renumbered.load_state(plain.state())
+    for serial in range(10, 30):
+        for each in (plain, renumbered):
+            each.add(batch_of(list(range(serial, serial + 9)), lengths=[2] * 9, serial=serial))
+        assert renumbered._store.next_age <= 125
+        assert_continues_alike(plain, renumbered, serial)
+    assert_same(plain.state(), renumbered.state())
 
 
-def test_per_condition_keeps_the_recent_batch_of_each_condition() -> None:
-    entries = entries_of([0.0] * 6, [1, 1, 1, 2, 2, 1], recent=2)
-    drawn = PerCondition(Mixture(1.0, Uniform()), 50).draw(100, entries, Generator().manual_seed(0))
-    assert set(drawn.tolist()) == {4, 5}
+def test_keys_that_are_alike_in_their_upper_half_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "entry_key", lambda batch: (batch.identity + 7 * (batch.identity % 2 << 32)).numpy())
+    replay = Replay(12, Recent())
+    newest: dict[int, int] = {}
+    for serial in range(40):
+        identity = [(serial * step) % 19 for step in (1, 3, 5)]
+        replay.add(batch_of(identity, serial=serial))
+        for one in identity:
+            newest.pop(one, None)
+            newest[one] = serial
+    state = replay.state()
+    assert list(zip(state["identity"].tolist(), state["version"].tolist(), strict=True)) == list(newest.items())[-12:]
 
 
-RULES = [
-    Recent(),
-    Uniform(),
-    RewardSoftmax(0.7),
-    RewardRank(0.1),
-    Stratified(),
-    Mixture(0.3, RewardRank()),
-    PerCondition(Mixture(0.3, Stratified()), 4),
-]
+def test_steps_survive_many_arrivals_and_departures_of_any_length() -> None:
+    """Through several slabs of pages, with tensors of several kinds."""
+    generator, kept, lengths = np.random.default_rng(2), {}, np.array([1, 2, 3, 7, 40, 300])
+    kinds = {"a": torch.zeros(0, 3, dtype=torch.int32), "b": torch.zeros(0, dtype=torch.bool), "c": torch.zeros(0, 0)}
+    pages = Pages(kinds, 4.0)
+    for round_ in range(60):
+        chosen = generator.choice(lengths, 80)
+        total = int(chosen.sum())
+        steps = {
+            "a": torch.arange(3 * total, dtype=torch.int32).view(-1, 3) * (round_ + 1),
+            "b": torch.arange(total) % (round_ + 2) == 0,
+            "c": torch.zeros(total, 0),
+        }
+        first = pages.write(steps, chosen)
+        ends = chosen.cumsum()
+        for address, start, end in zip(first.tolist(), ends - chosen, ends, strict=True):
+            kept[address] = (end - start, {name: tensor[start:end] for name, tensor in steps.items()})
+        leaving = generator.choice(list(kept), len(kept) // 20, replace=False).astype(np.int32)
+        pages.free(leaving, np.array([kept.pop(int(address))[0] for address in leaving]))
+    assert pages._n_slabs > 1
+    order = generator.permutation(list(kept)).astype(np.int32)
+    read = pages.read(order, np.array([kept[int(address)][0] for address in order]))
+    assert_same(read, {name: torch.cat([kept[int(address)][1][name] for address in order]) for name in kinds})
 
 
-def filled(rule: Rule, capacity: int = 80) -> Replay:
-    replay, generator = Replay(capacity, rule), Generator().manual_seed(5)
-    for serial in range(6):
-        rows = torch.randint(0, 60, (40,), generator=generator)
-        replay.add(
-            batch_of(
-                rows.tolist(),
-                (rows % 3).float().tolist(),
-                torch.randn(40, generator=generator).tolist(),
-                torch.randint(1, 6, (40,), generator=generator).tolist(),
-                serial,
-            )
-        )
-    return replay
+def test_a_capacity_that_memory_has_no_room_for_is_named() -> None:
+    with pytest.raises(ValueError, match="capacity is 1000000000000000, must be"):
+        Replay(10**15, Uniform())
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
@@ -359,30 +294,3 @@ def test_a_corrupt_or_foreign_file_is_named_and_changes_nothing(tmp_path: Path) 
     with pytest.raises(FileNotFoundError):
         replay.load(tmp_path / "absent")
     assert_same(replay.state(), before)
-
-
-def test_settings_build_the_rule_that_they_name() -> None:
-    assert ReplaySettings(rule="softmax", temperature=2.0).build().rule == RewardSoftmax(2.0)
-    assert ReplaySettings(rule="rank", rank_weight=0.1).build().rule == RewardRank(0.1)
-    assert ReplaySettings(rule="recent").build().rule == Recent()
-    built = ReplaySettings(capacity=9, rule="uniform", recent_probability=0.5, per_condition=4).build()
-    assert built.rule == PerCondition(Mixture(0.5, Uniform()), 4)
-    assert built.capacity == 9
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("capacity", 0),
-        ("rule", "best"),
-        ("temperature", 0.0),
-        ("rank_weight", -1.0),
-        ("share", 1.1),
-        ("quantile", 1.0),
-        ("recent_probability", -0.1),
-        ("per_condition", -1),
-    ],
-)
-def test_an_illegal_setting_is_named(field: str, value: object) -> None:
-    with pytest.raises(ValueError, match=rf"{field} is .*, must be"):
-        ReplaySettings(**{field: value})  # type: ignore[arg-type]

@@ -35,11 +35,12 @@ class Failure(Exception):
     """One call of the function came to nothing: it raised, took too long, or ended its process."""
 
 
-def load_function(name: str) -> RewardFunction:
-    """The function "module:function", also from the current directory; raises RewardError saying what is missing."""
+def load_function(name: str, what: str = "reward function") -> RewardFunction:
+    """The function "module:function", also from the current directory; raises RewardError saying what is missing.
+    what: the function, in the words of that error."""
     module_name, colon, function_name = name.partition(":")
     if not (module_name and colon and function_name):
-        raise RewardError(f"reward function {name!r} must be written as 'module:function'")
+        raise RewardError(f"{what} {name!r} must be written as 'module:function'")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     importlib.invalidate_caches()
@@ -47,14 +48,12 @@ def load_function(name: str) -> RewardFunction:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise RewardError(f"reward function {name!r}: module {module_name} needs {error.name}: {error}") from error
+            raise RewardError(f"{what} {name!r}: module {module_name} needs {error.name}: {error}") from error
         raise RewardError(
-            f"reward function {name!r}: there is no module {error.name}, neither installed nor in {os.getcwd()}"
+            f"{what} {name!r}: there is no module {error.name}, neither installed nor in {os.getcwd()}"
         ) from error
     except Exception as error:
-        raise RewardError(
-            f"reward function {name!r}: importing {module_name} raised {type(error).__name__}: {error}"
-        ) from error
+        raise RewardError(f"{what} {name!r}: importing {module_name} raised {type(error).__name__}: {error}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         offered = sorted(
@@ -63,7 +62,7 @@ def load_function(name: str) -> RewardFunction:
             if not key.startswith("_") and callable(value) and getattr(value, "__module__", None) == module.__name__
         )
         raise RewardError(
-            f"reward function {name!r}: module {module_name} has no function {function_name}; "
+            f"{what} {name!r}: module {module_name} has no function {function_name}; "
             f"it has {', '.join(offered) or 'no functions'}"
         )
     return function

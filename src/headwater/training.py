@@ -141,7 +141,7 @@ class Trainer:
         self.exploration = exploration or ExplorationSettings()
         self.run_folder, self.evaluate = run, evaluate
         self.generator = torch.Generator().manual_seed(seed)
-        self.replay = (replay or ReplaySettings()).build() if training.replayed else None
+        self.replay = (replay or ReplaySettings()).build(policy.objects) if training.replayed else None
         self.average = copy.deepcopy(policy).requires_grad_(False) if self.exploration.average else None
         self.search = InlineSearch(
             self.average or policy, reward, conditions, self.replay, self.generator, training.group_size,

@@ -7,17 +7,19 @@ keeps the entries, packed.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor
 
+from headwater.replay.diverse import Diverse, ObjectsOf, Pairwise, final_states, hamming
+from headwater.replay.entries import Entries
 from headwater.replay.rules import (
-    Entries,
     Mixture,
     PerCondition,
     Recent,
@@ -29,11 +31,14 @@ from headwater.replay.rules import (
     require,
 )
 from headwater.replay.store import Store
+from headwater.reward_worker import load_function
 from headwater.trajectories import Trajectories
 
 __all__ = [
+    "Diverse",
     "Entries",
     "Mixture",
+    "Pairwise",
     "PerCondition",
     "Recent",
     "Replay",
@@ -43,6 +48,8 @@ __all__ = [
     "Rule",
     "Stratified",
     "Uniform",
+    "final_states",
+    "hamming",
 ]
 
 _FORMAT = "headwater.replay.1"
@@ -62,7 +69,7 @@ class Replay:
         self._store = Store(capacity)
 
     def __len__(self) -> int:
-        return len(self._store.live)
+        return self._store.count
 
     def add(self, trajectories: Trajectories) -> None:
         """Remember scored trajectories.
@@ -77,12 +84,13 @@ class Replay:
         require(count >= 1, "count", count, "at least 1")
         if not len(self):
             raise ValueError("cannot draw from an empty replay: add trajectories first")
-        return self._store.gather(self._store.live[self.rule.draw(count, self._store.entries, generator)])
+        entries = self._store.entries
+        return entries.trajectories(self.rule.draw(count, entries, generator))
 
     def state(self) -> dict[str, Tensor]:
         """Everything that future draws and evictions depend on, by name; `load_state` is the inverse."""
         recent = {"recent": torch.tensor(self._store.recent)}
-        return recent | (self._store.gather(self._store.live).tensors() if len(self) else {})
+        return recent | (self._store.gather(self._store.slots).tensors() if len(self) else {})
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Become the replay whose `state` this is; raises ValueError, and changes nothing, if it is no such state."""
@@ -90,8 +98,8 @@ class Replay:
             raise ValueError("not the state of a replay: missing recent")
         store = Store(self.capacity)
         if len(tensors) > 1:
-            store.add(Trajectories.from_tensors({name: tensors[name] for name in tensors if name != "recent"}))
-            store.recent = min(int(tensors["recent"]), len(store.live))
+            batch = Trajectories.from_tensors({name: tensors[name] for name in tensors if name != "recent"})
+            store.add(batch, int(tensors["recent"]))
         self._store = store
 
     def save(self, path: str | Path) -> None:
@@ -131,18 +139,31 @@ class ReplaySettings:
     """Probability that a draw is from the most recent batch, whatever the rule."""
     per_condition: int = 0
     """Draw this many entries of each condition that is drawn; 0 draws without regard to conditions."""
+    candidates: int = 1
+    """Candidates for each trajectory drawn, by the rule; above 1 the most different are kept, the best among them."""
+    distance: str = "hamming"
+    """How different two objects are: hamming, of final states, or your function of two objects as module:function."""
 
     def __post_init__(self) -> None:
         require(self.capacity >= 1, "capacity", self.capacity, "at least 1")
         require(self.rule in self._rules(), "rule", self.rule, "one of " + ", ".join(self._rules()))
         require(0 <= self.recent_probability <= 1, "recent_probability", self.recent_probability, "from 0 to 1")
         require(self.per_condition >= 0, "per_condition", self.per_condition, "at least 0")
+        require(self.candidates >= 1, "candidates", self.candidates, "at least 1")
+        named = self.distance == "hamming" or ":" in self.distance
+        require(named, "distance", self.distance, "hamming or module:function")
 
-    def build(self) -> Replay:
-        """An empty replay of these settings."""
+    def build(self, objects: ObjectsOf = final_states) -> Replay:
+        """An empty replay of these settings. objects: how trajectories give the objects that `distance` takes, such as
+        `Policy.objects`. Raises ValueError where the distance cannot be found."""
         rule = self._rules()[self.rule]
         if self.recent_probability:
             rule = Mixture(self.recent_probability, rule)
+        if self.candidates > 1 and self.distance == "hamming":
+            rule = Diverse(rule, self.candidates)
+        elif self.candidates > 1:
+            function = cast(Callable[[object, object], float], load_function(self.distance, "distance"))
+            rule = Diverse(rule, self.candidates, Pairwise(function), objects)
         if self.per_condition:
             rule = PerCondition(rule, self.per_condition)
         return Replay(self.capacity, rule)

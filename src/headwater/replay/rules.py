@@ -6,51 +6,15 @@ batch, Bartoldson et al. 2025 (TBA).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
 
-
-@dataclass(frozen=True)
-class Entries:
-    """What a rule sees of the n entries of a replay, oldest first.
-
-    log_reward:    `[n]` float32.
-    condition_key: `[n]` int64, equal for entries of equal condition.
-    version:       `[n]` int64, the version of the policy that drew each entry.
-    recent:        how many entries, at the end, came with the most recent batch.
-    """
-
-    log_reward: Tensor
-    condition_key: Tensor
-    version: Tensor
-    recent: int
-
-    def __len__(self) -> int:
-        return self.log_reward.shape[0]
-
-    @cached_property
-    def group(self) -> Tensor:
-        """`[n]` int64, equal for entries of equal condition, numbered from 0."""
-        return torch.unique(self.condition_key, return_inverse=True)[1]
-
-    @cached_property
-    def by_group(self) -> Tensor:
-        """`[n]` int64, the entries one group after the other, each oldest first."""
-        return self.group.argsort(stable=True)
-
-    @cached_property
-    def best_first(self) -> Tensor:
-        """`[n]` int64, the entries by falling log-reward; equal ones oldest first."""
-        return self.log_reward.argsort(descending=True, stable=True)
-
-    def select(self, chosen: Tensor) -> Entries:
-        """The entries at `chosen`, `[K]` indices in rising order."""
-        recent = int((chosen >= len(self) - self.recent).sum())
-        return Entries(self.log_reward[chosen], self.condition_key[chosen], self.version[chosen], recent)
+from headwater.replay.entries import Entries
 
 
 class Rule(Protocol):
@@ -90,8 +54,16 @@ class RewardSoftmax:
         require(0 < self.temperature < float("inf"), "temperature", self.temperature, "above 0")
 
     def draw(self, count: int, entries: Entries, generator: Generator) -> Tensor:
-        logits = entries.log_reward.double() / self.temperature
-        return _weighted((logits - logits.max()).exp_(), count, generator)
+        best = float(entries.ranked_log_reward(torch.tensor([0])))
+        # Strata end where the weight has fallen by steps of e^_STEP; what is left below has no part to speak of.
+        depth = math.log(len(entries)) + _NEGLIGIBLE
+        ends = best - self.temperature * _STEP * torch.arange(1, int(depth / _STEP) + 2, dtype=torch.float64)
+        edges = entries.n_above(_rounded_down(ends.clamp(max=math.nextafter(best, -math.inf))))
+
+        def weight(positions: Tensor) -> Tensor:
+            return ((entries.ranked_log_reward(positions).double() - best) / self.temperature).exp()
+
+        return _falling(weight, edges, count, entries, generator)
 
 
 @dataclass(frozen=True)
@@ -107,12 +79,14 @@ class RewardRank:
         require(0 < self.k < float("inf"), "k", self.k, "above 0")
 
     def draw(self, count: int, entries: Entries, generator: Generator) -> Tensor:
-        values = entries.log_reward[entries.best_first]
-        rank = torch.arange(len(entries))
-        rank[1:][values[1:] == values[:-1]] = 0
-        rank = rank.cummax(0)[0]
-        weights = 1 / (self.k * len(entries) + rank.double())
-        return entries.best_first[_weighted(weights, count, generator)]
+        n = len(entries)
+        steps = torch.arange(1, int((math.log1p(self.k) - math.log(self.k)) / _STEP) + 1, dtype=torch.float64)
+        edges = (self.k * n * (steps * _STEP).expm1()).clamp(max=n - 1).ceil().long()
+
+        def weight(positions: Tensor) -> Tensor:
+            return 1 / (1 + entries.n_above(entries.ranked_log_reward(positions)).double() / (self.k * n))
+
+        return _falling(weight, edges, count, entries, generator)
 
 
 @dataclass(frozen=True)
@@ -132,19 +106,19 @@ class Stratified:
         require(0 < self.quantile < 1, "quantile", self.quantile, "above 0 and below 1")
 
     def draw(self, count: int, entries: Entries, generator: Generator) -> Tensor:
-        threshold = entries.log_reward.kthvalue(int(self.quantile * len(entries)) + 1)[0]
-        is_top = entries.log_reward >= threshold
-        if is_top.all():
-            is_top = entries.log_reward > threshold
-        top, rest = is_top.nonzero()[:, 0], (~is_top).nonzero()[:, 0]
+        n = len(entries)
+        threshold = entries.ranked_log_reward(torch.tensor([n - 1 - int(self.quantile * n)]))
+        top = int(_n_at_least(entries, threshold))
+        if top == n:
+            top = int(entries.n_above(threshold))
         wanted = int(self.share * count + torch.rand((), generator=generator, dtype=torch.float64))
-        from_top = min(wanted, count) if len(top) else 0
+        from_top = min(wanted, count) if top else 0
         drawn = [
-            stratum[torch.randint(len(stratum), (number,), generator=generator)]
-            for stratum, number in ((top, from_top), (rest, count - from_top))
+            first + torch.randint(end - first, (number,), generator=generator)
+            for first, end, number in ((0, top, from_top), (top, n, count - from_top))
             if number
         ]
-        return torch.cat(drawn)
+        return entries.ranked(torch.cat(drawn))
 
 
 @dataclass(frozen=True)
@@ -178,7 +152,8 @@ class PerCondition:
     """First conditions, uniformly and as different as possible, then `per_condition` entries of each by `rule`.
 
     So every group of the log-partition variance objective has several members. `draw` raises ValueError where `count`
-    is no multiple of `per_condition`.
+    is no multiple of `per_condition`. It sorts all entries by condition: alone among these rules it costs time in
+    proportion to the whole replay.
     """
 
     rule: Rule
@@ -190,22 +165,56 @@ class PerCondition:
     def draw(self, count: int, entries: Entries, generator: Generator) -> Tensor:
         if count % self.per_condition:
             raise ValueError(f"cannot draw {count} entries, {self.per_condition} of each condition: not a multiple")
-        sizes = torch.bincount(entries.group)
-        ends = sizes.cumsum(0)
-        wanted = count // self.per_condition
-        rounds = [torch.randperm(len(sizes), generator=generator) for _ in range(-(-wanted // len(sizes)))]
+        (order, ends), wanted = entries.by_condition, count // self.per_condition
+        rounds = [torch.randperm(len(ends), generator=generator) for _ in range(-(-wanted // len(ends)))]
+        inside: dict[int, tuple[Tensor, Entries]] = {}
         drawn = []
-        for group in torch.cat(rounds)[:wanted]:
-            members = entries.by_group[ends[group] - sizes[group] : ends[group]]
-            drawn.append(members[self.rule.draw(self.per_condition, entries.select(members), generator)])
+        for group in torch.cat(rounds)[:wanted].tolist():
+            if group not in inside:
+                members = order[int(ends[group - 1]) if group else 0 : int(ends[group])]
+                inside[group] = members, entries.select(members)
+            members, selected = inside[group]
+            drawn.append(members[self.rule.draw(self.per_condition, selected, generator)])
         return torch.cat(drawn)
 
 
-def _weighted(weights: Tensor, count: int, generator: Generator) -> Tensor:
-    """`[count]` indices with probability proportional to `weights`, `[n]` float64: one random number a draw."""
-    cumulative = weights.cumsum(0)
-    wanted = torch.rand(count, generator=generator, dtype=torch.float64) * cumulative[-1]
-    return torch.searchsorted(cumulative, wanted, right=True).clamp_(max=len(weights) - 1)
+_STEP = 0.25  # the width of a stratum in log-weight: 12 draws in 100 are refused
+_NEGLIGIBLE = 40.0  # a log-weight so far below the whole is below the resolution of a uniform number
+
+
+def _falling(
+    weight: Callable[[Tensor], Tensor], edges: Tensor, count: int, entries: Entries, generator: Generator
+) -> Tensor:
+    """`[count]` indices with probability proportional to a weight that never rises as the log-reward falls.
+
+    weight: `[K]` positions by falling log-reward -> `[K]` float64. edges: positions at which to begin a new stratum.
+    No sum over entries is kept or taken, which would depend on the order of its terms: a stratum is proposed by its
+    size times its first weight, an entry in it uniformly, and accepted with probability weight / first weight.
+    """
+    n = len(entries)
+    edges = torch.unique(torch.cat([edges.new_tensor([0]), edges[(edges > 0) & (edges < n)], edges.new_tensor([n])]))
+    first, size = edges[:-1], edges.diff()
+    bound = weight(first)
+    cumulative = (size * bound).cumsum(0)
+    drawn = torch.empty(0, dtype=torch.int64)
+    while len(drawn) < count:
+        proposals = 8 + (count - len(drawn)) * 5 // 4
+        where, inside, accept = torch.rand(3, proposals, generator=generator, dtype=torch.float64)
+        stratum = torch.searchsorted(cumulative, where * cumulative[-1], right=True).clamp_(max=len(size) - 1)
+        position = first[stratum] + torch.minimum((inside * size[stratum]).long(), size[stratum] - 1)
+        drawn = torch.cat([drawn, position[accept * bound[stratum] < weight(position)]])
+    return entries.ranked(drawn[:count])
+
+
+def _n_at_least(entries: Entries, log_reward: Tensor) -> Tensor:
+    return entries.n_above(log_reward.nextafter(log_reward.new_tensor(-torch.inf)))
+
+
+def _rounded_down(values: Tensor) -> Tensor:
+    """The largest float32 numbers that are not above these float64 ones."""
+    rounded = values.float()
+    below = rounded.nextafter(rounded.new_tensor(-torch.inf))
+    return torch.where(rounded.double() > values, below, rounded)
 
 
 def require(legal: bool, field: str, value: object, allowed: str) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from headwater.environments.base import Objects
+from headwater.environments.dags import Dags
 
 
 class BGeReward:
@@ -68,6 +69,23 @@ class BGeReward:
     def __call__(self, objects: Objects, condition: Tensor) -> Tensor:
         score = self.log_score(torch.as_tensor(objects)) - self._offset
         return torch.from_numpy(score).to(condition.device, torch.float32)
+
+
+def climb(environment: Dags, reward: BGeReward) -> Tensor:
+    """A good graph: from none on, the edge that raises the score most, until no edge does. int32 `[n, n]`."""
+    state = environment.initial(1)
+    best = reward.log_score(_matrices(environment, state))[0]
+    while True:
+        actions = environment.forward_mask(state)[0, : environment.exit_action].nonzero()[:, 0]
+        graphs = environment.step(state.expand(len(actions), -1), actions)
+        scores = reward.log_score(_matrices(environment, graphs))
+        if scores.max(initial=best) <= best:
+            return _matrices(environment, state)[0]
+        best, state = scores.max(), graphs[scores.argmax()][None]
+
+
+def _matrices(environment: Dags, states: Tensor) -> Tensor:
+    return torch.as_tensor(environment.objects(states))
 
 
 def _constants(rows: int, nodes: int, alpha_mu: float, alpha_w: float, scale: float) -> NDArray[np.float64]:

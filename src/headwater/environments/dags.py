@@ -134,7 +134,9 @@ def text_graphs(lines: Sequence[str], names: Sequence[str]) -> Tensor:
         for edge in sorted(edges_of(line)):
             parent, arrow, child = edge.partition(_ARROW)
             if not arrow or parent not in place or child not in place:
-                raise ValueError(f"{edge!r} is no edge such as {names[0]}{_ARROW}{names[-1]} between {', '.join(names)}")
+                raise ValueError(
+                    f"{edge!r} is no edge such as {names[0]}{_ARROW}{names[-1]} between {', '.join(names)}"
+                )
             graphs[row, place[parent], place[child]] = 1
     return graphs
 

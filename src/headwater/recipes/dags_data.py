@@ -21,6 +21,7 @@ LARGEST_FILE = 100_000_000
 """Bytes of a table that is read."""
 FEWEST_ROWS = 10
 """Rows below which a table says next to nothing about which variables depend on each other."""
+_LARGEST_VALUE = 1e100
 
 
 class DataError(ValueError):
@@ -60,10 +61,10 @@ def read_table(path: str | Path) -> Dataset:
     if len(values) < FEWEST_ROWS:
         raise DataError(f"{path}: {len(values)} rows of data; at least {FEWEST_ROWS} are needed")
     for column, name in enumerate(names):
+        if (largest := np.abs(values[:, column]).max()) > _LARGEST_VALUE:
+            raise DataError(f"{path}, column {name!r}: {largest:g} is too large to be squared; use another unit")
         if np.ptp(values[:, column]) == 0:
             raise DataError(f"{path}, column {name!r}: every value is {values[0, column]:g}; leave it out")
-    if not np.isfinite(np.square(values).sum()):
-        raise DataError(f"{path}: values too large to be squared")
     return Dataset(names, values)
 
 
@@ -104,6 +105,8 @@ def _names(path: Path, header: list[str]) -> tuple[str, ...]:
     names = tuple("_".join(name.split()) for name in header)
     if not 2 <= len(names) <= MOST_NODES:
         raise DataError(f"{path}, line 1: {len(names)} columns; from 2 to {MOST_NODES} are possible")
+    if all(_is_number(name) for name in names):
+        raise DataError(f"{path}, line 1: numbers where the names of the variables should stand")
     for column, name in enumerate(names, 1):
         if not name:
             raise DataError(f"{path}, line 1: column {column} has no name")
@@ -111,8 +114,6 @@ def _names(path: Path, header: list[str]) -> tuple[str, ...]:
             raise DataError(f"{path}, line 1, column {name!r}: '->' stands for an edge; choose another name")
         if names.index(name) != column - 1:
             raise DataError(f"{path}, line 1, column {name!r}: there are two columns of this name")
-    if all(_is_number(name) for name in names):
-        raise DataError(f"{path}, line 1: numbers where the names of the variables should stand")
     return names
 
 

@@ -35,17 +35,14 @@ def edges_section(
     )
     if truth is not None:
         words += " Edges of the graph that the data were drawn from are marked in the second colour."
-    matrices = [("Learned", learned)] + ([("Exact", exact)] if exact is not None else [])
-    captions = {"Learned": "Learned: from the row's variable to the column's.", "Exact": "The exact posterior."}
+    learned_words = "Learned: from the row's variable to the column's."
+    figures = [(matrix_svg(names, learned, truth, "Learned edge probabilities"), learned_words)]
     if exact is not None:
-        captions["Exact"] += f" The largest difference is {np.abs(learned - exact).max():.3f}."
-    figures = []
+        exact_words = f"The exact posterior. The largest difference is {np.abs(learned - exact).max():.3f}."
+        figures.append((matrix_svg(names, exact, truth, "Exact edge probabilities"), exact_words))
     if len(names) <= _MOST_IN_NETWORK:
         caption = f"Edges of probability {_DRAWN:g} and more; the wider, the more probable."
         figures.append((network_svg(names, learned, truth), caption))
-    figures += [
-        (matrix_svg(names, values, truth, f"{name} edge probabilities"), captions[name]) for name, values in matrices
-    ]
     width = "half" if len(names) <= _MOST_WITH_NUMBERS else "wide"
     drawn = "".join(f'<figure class="{width}">{svg}<figcaption>{text}</figcaption></figure>' for svg, text in figures)
     return Section("Edges", f'<p>{words}</p><div class="figures">{drawn}</div>')

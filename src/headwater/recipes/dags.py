@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
@@ -22,11 +22,14 @@ from headwater.environments.bge import BGeReward, climb
 from headwater.environments.dags import MOST_NODES, Dags, graph_text, structural_hamming_distance, text_graphs
 from headwater.evaluation import ExactDistribution
 from headwater.policies import Policy
+from headwater.policies.environment_policy import Backward
 from headwater.recipes.base import EnvironmentRecipe
 from headwater.recipes.dags_data import FEWEST_ROWS, Dataset, linear_gaussian_network, read_table
+from headwater.replay import ReplaySettings
 from headwater.report import Section
 from headwater.reward import Reward
 from headwater.runs import Run, Samples, atomic
+from headwater.training import ExplorationSettings, Training
 
 _MOST_ENUMERATED = 6
 """Nodes beyond which there are too many graphs even with one parent each."""
@@ -61,6 +64,18 @@ class DagsRecipe(EnvironmentRecipe):
     """Weight of the prior on the mean, in observations."""
     alpha_w: float | None = None
     """Weight of the prior on the covariance, in observations; the number of variables plus 2 if not given."""
+    backward: Backward = "learned"
+    """The backward policy."""
+    training: Training = field(
+        default_factory=lambda: Training(
+            iterations=4000, batch_size=32, replayed=32, replay_backward=True, learning_rate=3e-3
+        )
+    )
+    """How long and how fast to learn."""
+    exploration: ExplorationSettings = field(default_factory=lambda: ExplorationSettings(epsilon=0.3, decay=0.7))
+    """How the search departs from the policy."""
+    replay: ReplaySettings = field(default_factory=lambda: ReplaySettings(rule="softmax"))
+    """What is remembered: by the softmax of log-rewards, a draw is one from the posterior over the graphs met."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

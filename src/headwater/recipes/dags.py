@@ -68,7 +68,7 @@ class DagsRecipe(EnvironmentRecipe):
     """The backward policy."""
     training: Training = field(
         default_factory=lambda: Training(
-            iterations=4000, batch_size=32, replayed=32, replay_backward=True, learning_rate=3e-3
+            iterations=5000, batch_size=32, replayed=32, replay_backward=True, learning_rate=5e-3
         )
     )
     """How long and how fast to learn."""

@@ -50,6 +50,7 @@ def test_a_table_is_read_as_it_stands(tmp_path: Path) -> None:
         ("a,b,c\n1,2,nan\n" + ROWS, "line 2, column 'c': 'nan' is not a finite number"),
         ("a,b,c\n1,2\n" + ROWS, "line 2: 2 fields, the header has 3"),
         ("a,b\n" + "".join(f"{i},4\n" for i in range(12)), "column 'b': every value is 4"),
+        ("a,b\n" + "".join(f"{i},{i}e-200\n" for i in range(12)), "column 'b': every value is 0"),
         ("a,b,c\n" + ROWS[:30], "rows of data; at least 10"),
         ("a,b,a\n" + ROWS, "line 1, column 'a': there are two columns"),
         ("a,,c\n" + ROWS, "line 1: column 2 has no name"),
@@ -70,6 +71,8 @@ def test_a_file_that_is_too_large_or_no_text_is_refused(tmp_path: Path, monkeypa
     (tmp_path / "cells.csv").write_bytes(b"a,b\n\xff\xfe,1\n")
     with pytest.raises(DataError, match="cannot be read as a table"):
         read_table(tmp_path / "cells.csv")
+    with pytest.raises(DataError, match="cannot be read as a table"):
+        read_table(tmp_path)
     monkeypatch.setattr(dags_data, "LARGEST_FILE", 8)
     with pytest.raises(DataError, match="9 bytes; at most 8"):
         read_table(table(tmp_path, "a,b\n1,2\n1"[:9]))

@@ -56,14 +56,14 @@ def read_table(path: str | Path) -> Dataset:
         raise DataError(f"{path}: {size:,} bytes; at most {LARGEST_FILE:,} are read")
     try:
         names, values = _read(path)
-    except (UnicodeDecodeError, csv.Error) as error:
+    except (UnicodeDecodeError, csv.Error, IsADirectoryError) as error:
         raise DataError(f"{path}: cannot be read as a table: {error}") from error
     if len(values) < FEWEST_ROWS:
         raise DataError(f"{path}: {len(values)} rows of data; at least {FEWEST_ROWS} are needed")
     for column, name in enumerate(names):
         if (largest := np.abs(values[:, column]).max()) > _LARGEST_VALUE:
             raise DataError(f"{path}, column {name!r}: {largest:g} is too large to be squared; use another unit")
-        if np.ptp(values[:, column]) == 0:
+        if np.ptp(values[:, column]) < 1 / _LARGEST_VALUE:
             raise DataError(f"{path}, column {name!r}: every value is {values[0, column]:g}; leave it out")
     return Dataset(names, values)
 

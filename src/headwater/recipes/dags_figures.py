@@ -34,7 +34,7 @@ def edges_section(
         "independences explain the data equally well, so an edge may be certain and its direction not."
     )
     if truth is not None:
-        words += " Edges of the graph that the data were drawn from are marked in the second colour."
+        words += " Edges of the graph that the data were drawn from are marked in orange."
     learned_words = "Learned: from the row's variable to the column's."
     figures = [(matrix_svg(names, learned, truth, "Learned edge probabilities"), learned_words)]
     if exact is not None:

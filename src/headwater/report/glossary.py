@@ -47,6 +47,17 @@ EVALUATION: dict[str, Term] = {
     "spearman_with_random_objects": Term("Spearman, random objects too", "The same of their ranks."),
     "modes": Term("Modes found", "Distinct regions of high reward that the samples reach."),
     "modes_total": Term("Modes in all", "Distinct regions of high reward that there are."),
+    "expected_edges": Term("Edges expected", "Mean number of edges of the sampled graphs."),
+    "expected_distance_to_truth": Term(
+        "Distance to the true graph", "Mean structural Hamming distance of the sampled graphs to it."
+    ),
+    "edge_area_under_curve": Term(
+        "Area under the curve, edges",
+        "Probability that an edge of the true graph has a higher marginal than one that is not; 0.5 is chance.",
+    ),
+    "edge_marginal_correlation": Term(
+        "Correlation of edge marginals", "Of the samples' with the exact posterior's; 1 is perfect."
+    ),
     "samples": Term("Samples", "Objects drawn, repeats included."),
     "distinct_samples": Term("Distinct samples", "Different objects among them."),
     "empirical_total_variation": Term(

@@ -43,7 +43,7 @@ class Worker:
         cores = sorted(os.sched_getaffinity(0))[:threads] if hasattr(os, "sched_getaffinity") else []
         if hasattr(os, "sched_getaffinity") and len(cores) < threads:
             raise ValueError(f"threads = {threads}: this process may use only {len(cores)} cores")
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115: closed with the worker
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the worker)
         request = json.dumps({"cores": cores, "task": json.loads(task.to_json())})
         self._process = subprocess.Popen(
             [str(runtime.python), str(_HERE / "contenders" / runtime.worker), request],

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from contenders.protocol import Task
 from contenders.weights import leaving_after, saved, trained, untrained
 from contest import OURS, Runtime, Worker, ratios, spread, take_turns
-from provenance import load
-from torch import Tensor
-
 from headwater.environments.graph import StateGraph
 from headwater.evaluation import ExactDistribution
 from headwater.policies import EnvironmentPolicy
 from headwater.recipes.hypergrid import HypergridRecipe
+from provenance import load
 
 STILL = {"learning_rate": 0.0, "log_z_learning_rate": 0.0}
 TASKS = {

@@ -4,12 +4,12 @@
     python benchmarks/speed.py                             every part, on one and two threads (hours)
     python benchmarks/speed.py --parts iteration --tasks hypergrid-tb --threads 1
 
-Every contender is a live process with its task built. They take turns, ours first, for about --seconds each; a ratio is
-taken between the turns of one round, so that what else the machine does weighs on both sides. A ratio is the peer's time
-over ours: above 1, ours is faster. CPU time counts all threads of a process.
+Every contender is a live process with its task built. They take turns, ours first, for about --seconds each; a ratio
+is taken between the turns of one round, so that what else the machine does weighs on both sides. A ratio is the peer's
+time over ours: above 1, ours is faster. CPU time counts all threads of a process.
 
 Parts:
-  iteration  one training iteration on each task; on the hypergrid at the lengths of an untrained and of a trained sampler
+  iteration  one training iteration on each task; on the hypergrid at untrained and at trained lengths
   training   whole runs of --training-iterations from scratch: lengths grow as the sampler learns
   quality    seconds until the exact total variation on the 20^4 hypergrid is below --target
   curve      cost over the mean length at a fixed horizon, and over the horizon at a fixed mean length
@@ -152,9 +152,7 @@ def measure(bench: measurements.Bench, chosen: argparse.Namespace, keep) -> None
                     bench.say(f"to total variation {chosen.target}: {name}, seed {seed}")
                     task = Task(seed=seed, **settings)
                     threads = chosen.threads[0]
-                    numbers = measurements.quality(
-                        bench, name, task, threads, chosen.target, chosen.cap, chosen.every
-                    )
+                    numbers = measurements.quality(bench, name, task, threads, chosen.target, chosen.cap, chosen.every)
                     keep("quality", numbers)
 
 

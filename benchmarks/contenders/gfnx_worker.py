@@ -7,6 +7,7 @@ host callbacks, progress bar; what only they used, the compiler then removes.
 
 from __future__ import annotations
 
+import functools
 import os
 import runpy
 import sys
@@ -39,7 +40,6 @@ import equinox as eqx  # noqa: E402
 import gfnx  # noqa: E402
 import gfnx.metrics  # noqa: E402
 import jax_tqdm  # noqa: E402
-import optax  # noqa: E402
 
 LOOP_END = 987_654_321  # by this bound the training loop is told from every other loop
 
@@ -124,28 +124,34 @@ def contender(task: Task) -> Contender:
         "set_up_seconds": reached - STARTED,
         "compile_seconds": time.perf_counter() - wall,
         "compile_cpu_seconds": time.process_time() - cpu,
-        "versions": {"gfnx": version("gfnx"), "jax": jax.__version__, "equinox": eqx.__version__, "optax": optax.__version__},
+        "versions": {name: version(name) for name in ("gfnx", "jax", "equinox", "optax")},
     }
     now = {"state": state, "iteration": 0, "key": jax.random.PRNGKey(task.seed)}
-
-    def whole() -> Any:
-        return eqx.combine(now["state"], static)
 
     def update(iterations: int) -> None:
         first = now["iteration"]
         now["state"] = jax.block_until_ready(chunk(first, first + iterations, now["state"]))
         now["iteration"] = first + iterations
 
-    def rollout(count: int) -> tuple[Any, Any]:
-        full = whole()
-        now["key"], key = jax.random.split(now["key"])
+    @functools.partial(jax.jit, static_argnums=0)
+    def draw(count: int, key: Any, value: Any) -> tuple[Any, Any]:
+        full = eqx.combine(value, static)
+        arrays, rest = eqx.partition(full.model, eqx.is_array)
 
         def policy(key: Any, observed: Any, model: Any) -> tuple[Any, Any]:
-            outputs = jax.vmap(eqx.combine(model, eqx.filter(full.model, eqx.is_array, inverse=True)))(observed)
+            outputs = jax.vmap(eqx.combine(model, rest))(observed)
             return outputs["forward_logits"], outputs
 
-        arrays = eqx.filter(full.model, eqx.is_array)
         return gfnx.utils.forward_rollout(key, count, policy, arrays, full.env, full.env_params)
+
+    def rollout(count: int) -> tuple[Any, Any]:
+        now["key"], key = jax.random.split(now["key"])
+        return draw(count, key, now["state"])
+
+    @jax.jit
+    def forward(rows: Any, value: Any) -> Any:
+        model = eqx.combine(value, static).model
+        return jax.vmap(lambda row: model(jax.nn.one_hot(row, task.side).reshape(-1))["forward_logits"])(rows)
 
     def lengths(count: int) -> NDArray[np.int64]:
         return np.asarray(rollout(count)[1]["trajectory_length"])
@@ -159,9 +165,9 @@ def contender(task: Task) -> Contender:
     def load(weights: dict[str, NDArray[np.float32]]) -> None:
         layers = now["state"].model.network.layers
         flow = np.zeros((len(weights["forward_weight"]), 1), np.float32)
-        heads = {"tb": ["forward", "backward"], "db": ["forward", "flow", "backward"], "subtb": ["forward", "backward", "flow"]}
+        orders = {"tb": "forward backward", "db": "forward flow backward", "subtb": "forward backward flow"}
         weights = weights | {"flow_weight": flow, "flow_bias": np.zeros(1, np.float32)}
-        order = heads[task.objective]
+        order = orders[task.objective].split()
         last = np.concatenate([weights[f"{head}_weight"] for head in order], axis=1)
         new = [(weights[f"weight_{number}"], weights[f"bias_{number}"]) for number in range(len(layers) - 1)]
         new.append((last, np.concatenate([weights[f"{head}_bias"] for head in order])))
@@ -174,9 +180,8 @@ def contender(task: Task) -> Contender:
             )
 
     def logits(states: NDArray[np.int64]) -> NDArray[np.float32]:
-        model = whole().model
-        forward = jax.jit(jax.vmap(lambda row: model(jax.nn.one_hot(row, task.side).reshape(-1))["forward_logits"]))
-        return np.concatenate([np.asarray(forward(part)) for part in np.array_split(states, max(1, len(states) // 20000))])
+        parts = np.array_split(states, max(1, len(states) // 20000))
+        return np.concatenate([np.asarray(forward(part, now["state"])) for part in parts])
 
     return Contender(
         update=update,

@@ -50,9 +50,7 @@ def trainer_of(task: Task, problem: Problem) -> Trainer:
     decay = min(1.0, task.epsilon_iterations / task.iterations)
     exploration = ExplorationSettings(epsilon=task.epsilon, epsilon_end=task.epsilon_end, decay=decay)
     objective = Objective(task.objective, subtb_lambda=0.9)
-    return Trainer(
-        problem.policy, problem.reward, problem.conditions, objective, training, exploration, seed=task.seed
-    )
+    return Trainer(problem.policy, problem.reward, problem.conditions, objective, training, exploration, seed=task.seed)
 
 
 def contender(task: Task) -> Contender:

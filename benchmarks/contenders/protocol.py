@@ -112,5 +112,6 @@ def serve(contender: Contender, answers: TextIO, started: float) -> None:
             np.save(request["to"], contender.logits(np.load(request["states"])))
             answer()
         elif request["do"] == "memory":
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            answer(**contender.bytes_a_trajectory(), peak_resident_bytes=peak * (1 if sys.platform == "darwin" else 1024))
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+            answer(**contender.bytes_a_trajectory(), peak_resident_bytes=peak)

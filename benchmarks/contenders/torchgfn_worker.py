@@ -1,5 +1,5 @@
-"""torchgfn with the loop of its own `tutorials/examples/train_hypergrid_simple.py`, without the parts that only check or
-log: sample, loss from trajectories, backward, step.
+"""torchgfn with the loop of its own `tutorials/examples/train_hypergrid_simple.py`, without the parts that only check
+or log: sample, loss from trajectories, backward, step.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from headwater.conditions import NoCondition
 from headwater.evaluation import ExactDistribution
@@ -23,11 +24,11 @@ Weights = dict[str, NDArray[np.float32]]
 
 def weights_of(policy: EnvironmentPolicy) -> Weights:
     """The weights by the names that `protocol.Contender.load` lists."""
-    torso, actions, undos = policy.torso, policy.sizes[0], policy.sizes[1]
-    named = {"weight_0": torso.weight, "bias_0": torso.bias}
-    for number, layer in enumerate(torso.hidden, 1):
-        named |= {f"weight_{number}": layer.weight.T, f"bias_{number}": layer.bias}
-    weight, bias = policy.heads.weight.T, policy.heads.bias
+    actions, undos = policy.sizes[0], policy.sizes[1]
+    *layers, (weight, bias) = _layers(policy)
+    named = {}
+    for number, (table, offset) in enumerate(layers):
+        named |= {f"weight_{number}": table, f"bias_{number}": offset}
     named |= {"forward_weight": weight[:, :actions], "forward_bias": bias[:actions]}
     named |= {"backward_weight": weight[:, actions:][:, :undos], "backward_bias": bias[actions:][:undos]}
     return {name: tensor.detach().numpy().copy() for name, tensor in named.items()}
@@ -38,14 +39,14 @@ def load_weights(policy: EnvironmentPolicy, weights: Weights) -> None:
     tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
     flow = torch.zeros(tensors["forward_weight"].shape[0], 1)
     heads = torch.cat([tensors["forward_weight"], tensors["backward_weight"], flow], dim=1)
+    offsets = torch.cat([tensors["forward_bias"], tensors["backward_bias"], torch.zeros(1)])
+    *layers, (weight, bias) = _layers(policy)
     with torch.no_grad():
-        policy.torso.weight.copy_(tensors["weight_0"])
-        policy.torso.bias.copy_(tensors["bias_0"])
-        for number, layer in enumerate(policy.torso.hidden, 1):
-            layer.weight.copy_(tensors[f"weight_{number}"].T)
-            layer.bias.copy_(tensors[f"bias_{number}"])
-        policy.heads.weight.copy_(heads.T)
-        policy.heads.bias.copy_(torch.cat([tensors["forward_bias"], tensors["backward_bias"], torch.zeros(1)]))
+        for number, (table, offset) in enumerate(layers):
+            table.copy_(tensors[f"weight_{number}"])
+            offset.copy_(tensors[f"bias_{number}"])
+        weight.copy_(heads)
+        bias.copy_(offsets)
 
 
 def untrained(dimensions: int, side: int) -> Weights:
@@ -83,11 +84,25 @@ def saved(weights: Weights, path: Path) -> Path:
     return path
 
 
+def _layers(policy: EnvironmentPolicy) -> list[tuple[Tensor, Tensor]]:
+    """Weight `[inputs, outputs]` and bias of every layer in turn, heads last: views that can be written to."""
+    torso, heads = policy.torso, policy.heads
+    first = torso.table if hasattr(torso, "table") else torso.weight
+    if isinstance(torso.hidden, nn.ModuleList):
+        others = [(layer.weight.T, layer.bias) for layer in torso.hidden]
+    else:
+        others = list(zip(torso.hidden, torso.hidden_bias, strict=True))
+    last = heads.weight.T if isinstance(heads, nn.Linear) else heads.weight
+    return [(first, torso.bias), *others, (last, heads.bias)]
+
+
 def _untrained_policy(dimensions: int, side: int) -> EnvironmentPolicy:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         recipe = HypergridRecipe(dimensions=dimensions, side=side, network=Network(width=256, layers=2))
         policy = recipe.problem().policy
         assert isinstance(policy, EnvironmentPolicy)
-        policy.heads.reset_parameters()
+        bound = policy.heads.weight.numel() ** -0.5 * policy.heads.bias.numel() ** 0.5  # 1 / sqrt(inputs)
+        torch.nn.init.uniform_(policy.heads.weight, -bound, bound)
+        torch.nn.init.uniform_(policy.heads.bias, -bound, bound)
     return policy

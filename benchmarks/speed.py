@@ -63,6 +63,9 @@ def arguments() -> argparse.Namespace:
     add("--seconds", type=float, default=1.0, help="seconds of a turn (default: 1)")
     add("--training-iterations", type=int, default=10_000, help="length of a whole run (default: 10000)")
     add("--target", type=float, default=0.1, help="total variation to reach in the part quality (default: 0.1)")
+    add("--ours", type=json.loads, default={}, metavar="JSON",
+        help="our settings in the race, fields of contenders/protocol.py's Task, in the place of the peers'; its "
+        "settings may hold training, exploration, objective and replay")  # fmt: skip
     add("--cap", type=float, default=3600.0, help="seconds after which quality gives a run up (default: 3600)")
     add("--every", type=int, default=500, help="iterations between looks at the total variation (default: 500)")
     add("--seeds", type=int, default=1, help="runs of the parts training and quality (default: 1)")
@@ -150,7 +153,7 @@ def measure(bench: measurements.Bench, chosen: argparse.Namespace, keep) -> None
             for name, settings in QUALITY.items():
                 if name in bench.runtimes:
                     bench.say(f"to total variation {chosen.target}: {name}, seed {seed}")
-                    task = Task(seed=seed, **settings)
+                    task = Task(seed=seed, **settings | (chosen.ours if name == OURS else {}))
                     threads = chosen.threads[0]
                     numbers = measurements.quality(bench, name, task, threads, chosen.target, chosen.cap, chosen.every)
                     keep("quality", numbers)

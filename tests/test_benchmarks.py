@@ -16,7 +16,8 @@ sys.path.insert(0, str(BENCHMARKS))
 from contenders.protocol import Task  # noqa: E402
 from contenders.weights import leaving_after, load_weights, saved, untrained, weights_of  # noqa: E402
 from contest import OURS, Runtime, Timings, Worker, ratios  # noqa: E402
-from headwater.policies import EnvironmentPolicy  # noqa: E402
+from headwater.environments.base import Tokens  # noqa: E402
+from headwater.policies import EnvironmentPolicy, Network  # noqa: E402
 from headwater.recipes.hypergrid import HypergridRecipe  # noqa: E402
 from measurements import Bench, Exact, by_length  # noqa: E402
 from speed_report import write_report  # noqa: E402
@@ -73,3 +74,12 @@ def test_ratios_are_taken_round_by_round_theirs_over_ours() -> None:
     found = ratios({OURS: ours, "peer": theirs})
     assert found["peer"]["cpu"] == {"median": 2.0, "low": 2.0, "high": 3.0}
     assert found["peer"]["wall"] == {"median": 1.0, "low": 0.5, "high": 2.0}
+
+
+def test_a_transformer_block_is_as_wide_as_it_is_told() -> None:
+    tokens = Tokens(length=15, vocabulary=257)
+    one, four = (Network("transformer", 64, 3, 8, feed_forward=width).build(tokens) for width in (1, 4))
+    counts = [sum(parameter.numel() for parameter in torso.parameters()) for torso in (one, four)]
+    assert counts[1] - counts[0] == 3 * 3 * 64 * (2 * 64 + 1)
+    with pytest.raises(ValueError, match="feed_forward = 0"):
+        Network("transformer", feed_forward=0)

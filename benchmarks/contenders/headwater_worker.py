@@ -21,8 +21,10 @@ from headwater.recipes.base import EnvironmentRecipe, Problem  # noqa: E402
 from headwater.recipes.bits import BitsRecipe  # noqa: E402
 from headwater.recipes.hypergrid import HypergridRecipe  # noqa: E402
 from headwater.recipes.sequences import SequencesRecipe  # noqa: E402
+from headwater.replay import ReplaySettings  # noqa: E402
 from headwater.training import ExplorationSettings, Trainer, Training  # noqa: E402
 
+BITS_NETWORK = Network("transformer", width=64, layers=3, heads=8, feed_forward=1)  # gfnx's configuration
 STILL = 1e-20  # a learning rate has to be positive; this one moves no float32 weight
 
 
@@ -30,7 +32,7 @@ def recipe(task: Task) -> EnvironmentRecipe:
     if task.environment == "hypergrid":
         return HypergridRecipe(dimensions=task.dimensions, side=task.side, network=Network(width=256, layers=2))
     if task.environment == "bits":
-        return BitsRecipe(construction="slots", backward="uniform")
+        return BitsRecipe(construction="slots", backward="uniform", network=BITS_NETWORK)
     # the peer's perceptron has a third hidden layer here
     table = task.settings["table"]
     return SequencesRecipe(
@@ -39,18 +41,19 @@ def recipe(task: Task) -> EnvironmentRecipe:
 
 
 def trainer_of(task: Task, problem: Problem) -> Trainer:
-    training = Training(
-        iterations=task.iterations,
-        batch_size=task.batch_size,
-        learning_rate=task.learning_rate or STILL,
-        log_z_learning_rate=task.log_z_learning_rate,
-        schedule=task.settings.get("schedule", "constant"),
-        clip_gradient=task.settings.get("clip_gradient", 0.0),
-    )
+    rates = {"learning_rate": task.learning_rate or STILL, "log_z_learning_rate": task.log_z_learning_rate}
+    length = {"iterations": task.iterations, "batch_size": task.batch_size}
+    plain = {"schedule": "constant", "clip_gradient": 0.0}  # as the peers have it
     decay = min(1.0, task.epsilon_iterations / task.iterations)
-    exploration = ExplorationSettings(epsilon=task.epsilon, epsilon_end=task.epsilon_end, decay=decay)
-    objective = Objective(task.objective, subtb_lambda=0.9)
-    return Trainer(problem.policy, problem.reward, problem.conditions, objective, training, exploration, seed=task.seed)
+    uniform = {"epsilon": task.epsilon, "epsilon_end": task.epsilon_end, "decay": decay}
+    own = task.settings
+    training = Training(**rates | length | plain | own.get("training", {}))
+    exploration = ExplorationSettings(**uniform | own.get("exploration", {}))
+    objective = Objective(task.objective, **{"subtb_lambda": 0.9} | own.get("objective", {}))
+    replay = ReplaySettings(**own.get("replay", {}))
+    return Trainer(
+        problem.policy, problem.reward, problem.conditions, objective, training, exploration, replay, seed=task.seed
+    )
 
 
 def contender(task: Task) -> Contender:

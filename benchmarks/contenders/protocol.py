@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +40,7 @@ class Task:
     iterations: int = 1_000_000
     """Iterations of the whole run, for schedules that end with it."""
     seed: int = 0
-    settings: dict[str, float | str | bool] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     """What one contender alone understands, such as {"logging": true}."""
 
     def to_json(self) -> str:

@@ -109,7 +109,7 @@ def _quality(rows: list[Row]) -> str:
         for row in rows
     ]  # fmt: skip
     return (
-        "## Time to quality\n\nHypergrid 20^4, trajectory balance: training until the exact total variation is below "
+        "## Time to quality\n\nHypergrid 20^4: training until the exact total variation is below "
         "the target. Everybody's logits at all 160,000 states go through one computation, outside the clock.\n\n"
         + _table(head, lines)
     )
@@ -150,7 +150,7 @@ def _settings(task: Row) -> str:
     exploring = f"epsilon {task['epsilon']} to {task['epsilon_end']} over {task['epsilon_iterations']:,}"
     extra = "".join(f", {name} {value}" for name, value in task["settings"].items())
     rates = f"Adam {task['learning_rate']}, log Z {task['log_z_learning_rate']}"
-    return f"batch {task['batch_size']}, {rates}, {exploring}{extra}"
+    return f"{task['objective']}, batch {task['batch_size']}, {rates}, {exploring}{extra}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

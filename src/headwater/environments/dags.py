@@ -75,9 +75,6 @@ class Dags(Environment):
     def forward_action(self, states: Tensor, backward_actions: Tensor) -> Tensor:
         return backward_actions
 
-    def features(self, states: Tensor) -> Tensor:
-        return states
-
     def objects(self, states: Tensor) -> Objects:
         return states.reshape(-1, self.nodes, self.nodes)
 

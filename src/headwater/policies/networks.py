@@ -26,12 +26,16 @@ class Network:
     """Hidden layers, or transformer blocks."""
     heads: int = 8
     """Attention heads of the transformer, a divisor of the width."""
+    feed_forward: int = 4
+    """Hidden units of the transformer's feed-forward layers, as a multiple of the width."""
 
     def __post_init__(self) -> None:
         if self.torso not in ("mlp", "transformer"):
             raise ValueError(f"torso = {self.torso!r}: must be 'mlp' or 'transformer'")
         if self.width < 1 or self.layers < 1:
             raise ValueError(f"width = {self.width}, layers = {self.layers}: must be at least 1")
+        if self.feed_forward < 1:
+            raise ValueError(f"feed_forward = {self.feed_forward}: must be at least 1")
         if self.torso == "transformer" and (self.heads < 1 or self.width % self.heads):
             raise ValueError(f"heads = {self.heads}: must divide width = {self.width}")
 
@@ -40,7 +44,7 @@ class Network:
             return MLP(features, self.width, self.layers)
         if not isinstance(features, Tokens):
             raise ValueError("torso = 'transformer' needs an environment whose features are tokens; use torso = 'mlp'")
-        return Transformer(features, self.width, self.layers, self.heads)
+        return Transformer(features, self.width, self.layers, self.heads, self.feed_forward)
 
 
 class MLP(nn.Module):
@@ -79,11 +83,11 @@ class Transformer(nn.Module):
     """Pre-norm transformer blocks over the tokens, then the mean over positions. For the short sequences met here,
     plain softmax attention is faster on a CPU than the fused kernel."""
 
-    def __init__(self, features: Tokens, width: int, layers: int, heads: int) -> None:
+    def __init__(self, features: Tokens, width: int, layers: int, heads: int, feed_forward: int = 4) -> None:
         super().__init__()
         self.embedding = nn.Embedding(features.vocabulary, width)
         self.position = nn.Parameter(torch.randn(features.length, width) * 0.02)
-        self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(_Block(width, heads, feed_forward * width) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, features: Tensor, condition: Tensor | None) -> Tensor:
@@ -97,12 +101,12 @@ class Transformer(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
         self.heads = heads
         self.attention_norm, self.feed_forward_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.query_key_value, self.project = Linear(width, 3 * width), Linear(width, width)
-        self.up, self.down = Linear(width, 4 * width), Linear(4 * width, width)
+        self.up, self.down = Linear(width, hidden), Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         count, length, width = x.shape

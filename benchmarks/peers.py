@@ -1,0 +1,80 @@
+"""The peers: where their code comes from and what their environments hold. Nothing of them is part of this project:
+whoever measures fetches them, into a folder that git ignores.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import venv
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A library to compare with: its public repository, the commit that was measured, and what it needs."""
+
+    name: str
+    address: str
+    commit: str
+    packages: tuple[str, ...]
+
+
+PEERS = {
+    "gfnx": Peer(
+        "gfnx",
+        "https://github.com/d-tiapkin/gfnx",
+        "068316d394d432fed7a4d349b1a106b64c3c5771",
+        (
+            "jax==0.10.2", "jaxlib==0.10.2", "equinox==0.13.8", "optax==0.2.8", "flashbax==0.1.3", "chex==0.1.92",
+            "hydra-core==1.3.8", "jax-tqdm==0.4.0", "jaxtyping==0.3.11", "networkx", "matplotlib", "hatchling",
+        ),
+    ),
+    "torchgfn": Peer(
+        "torchgfn",
+        "https://github.com/GFNOrg/torchgfn",
+        "f39bfc96407c0dcf443a41e5abb97503d707ea94",
+        (
+            "torch==2.13.0", "numpy==1.26.4", "tensordict==0.15.3", "torch_geometric==2.8.1", "einops", "dill",
+            "linear-attention-transformer", "poetry-core",
+        ),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A peer that is ready to run: the Python that has it, and its checkout."""
+
+    python: Path
+    checkout: Path
+    commit: str
+
+
+def install(name: str, folder: Path, checkout: Path | None = None) -> Installed:
+    """Clone `name` (unless a checkout is given) and build its virtual environment, both in `folder`; what is there
+    already is kept. Raises CalledProcessError if git or pip fails.
+    """
+    peer = PEERS[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    if checkout is None:
+        checkout = folder / name
+        if not checkout.exists():
+            subprocess.run(["git", "clone", "--quiet", peer.address, str(checkout)], check=True)
+            subprocess.run(["git", "-C", str(checkout), "checkout", "--quiet", peer.commit], check=True)
+    home = folder / f"venv-{name}"
+    python = home / "bin" / "python"
+    if not python.exists():
+        print(f"building an environment for {name} in {home}", file=sys.stderr)
+        venv.create(home, with_pip=True)
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, *peer.packages], check=True)
+        subprocess.run([*pip, "--no-deps", "--no-build-isolation", str(checkout)], check=True)
+    return Installed(python, checkout.resolve(), _commit(checkout))
+
+
+def _commit(checkout: Path) -> str:
+    asked = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    found = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"

@@ -116,7 +116,7 @@ class EnvironmentPolicy(Policy):
         environment = self.environment
         states, actions = trajectories.steps["state"], trajectories.steps["action"]
         embedded = self.embed_condition(trajectories.condition)[trajectories.index] if self.condition_size else None
-        output = self.heads(self.torso(environment.features(states), embedded)).float()
+        output = self.torso(environment.features(states), embedded, self.heads).float()
         if self._has_native_log_probs(states):
             learned = self._learns_backward
             taken, backward, log_exit = step_log_probs(environment, output, states, actions, learned)
@@ -160,7 +160,7 @@ class EnvironmentPolicy(Policy):
         embedded = (
             self.embed_condition(self._checked(condition)).expand(len(states), -1) if self.condition_size else None
         )
-        logits = self.heads(self.torso(self.environment.features(states), embedded))[:, : self.sizes[0]].float()
+        logits = self.torso(self.environment.features(states), embedded, self.heads)[:, : self.sizes[0]].float()
         return logits.masked_fill(~self.environment.forward_mask(states), NEVER).log_softmax(1)
 
     def objects(self, trajectories: Trajectories) -> Objects:

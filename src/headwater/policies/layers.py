@@ -53,21 +53,25 @@ def perceptron(
     hidden: Tensor,
     hidden_bias: Tensor,
     condition: Tensor | None,
+    head: Tensor | None = None,
+    head_bias: Tensor | None = None,
 ) -> Tensor:
-    """Layers of linear maps and ReLU over tokens, int32 `[N, length]`, one-hot by position: `[N, width]`.
+    """Layers of linear maps and ReLU over tokens, int32 `[N, length]`, one-hot by position: `[N, width]`; with a head,
+    a linear map after them: `[N, outputs]`.
 
     The first is the sum of the tokens' rows of `table` `[inputs, width]`, of `bias` and of `condition` `[N, width]` or
     None; a token's row is its number plus its place's of `offsets` `[length]`. hidden: the others, `[layers - 1, width,
-    width]`, hidden_bias `[layers - 1, width]`.
+    width]`, hidden_bias `[layers - 1, width]`. head: `[width, outputs]`, head_bias `[outputs]`.
     """
-    if len(tokens) and tokens.dtype == torch.int32 and _is_on_cpu(table, bias, hidden, hidden_bias) and _has_onednn():
-        layers = table, bias, hidden, hidden_bias
-        return _Perceptron.apply(tokens, offsets, *layers, condition)  # type: ignore[no-untyped-call]
+    layers = table, bias, hidden, hidden_bias
+    if len(tokens) and tokens.dtype == torch.int32 and _is_on_cpu(*layers) and _has_onednn():
+        inputs = tokens, offsets, *layers, condition, head, head_bias
+        return _Perceptron.apply(*inputs)  # type: ignore[no-untyped-call]
     x = functional.embedding_bag(tokens + offsets, table, mode="sum") + bias
     x = (x if condition is None else x + condition).relu()
     for weight, layer_bias in zip(hidden, hidden_bias, strict=True):
         x = torch.addmm(layer_bias, x, weight).relu()
-    return x
+    return x if head is None or head_bias is None else torch.addmm(head_bias, x, head)
 
 
 def softmax(x: Tensor) -> Tensor:
@@ -101,62 +105,89 @@ def _has_onednn() -> bool:
         return False
 
 
+def _rounded(count: int) -> int:
+    """A number of rows that is not much larger and not much its own: oneDNN prepares itself anew for every number that
+    it meets, which takes longer than the product.
+    """
+    unit = max(32, 1 << max(count.bit_length() - 5, 0))
+    return -(-count // unit) * unit
+
+
+def _with_spare_rows(x: Tensor) -> Tensor:
+    """x `[N, ...]` with rows of zeros after it, up to the rounded number."""
+    spare = _rounded(len(x)) - len(x)
+    return torch.cat([x, x.new_zeros(spare, x.shape[1])]) if spare else x
+
+
 class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+        ctx.shape = x.shape
+        x = _with_spare_rows(x.reshape(-1, x.shape[-1]))
         y = _multiply(x, weight.t(), bias, "relu" if relu else "none")
         ctx.save_for_backward(x, weight, *([y] if relu else []))
-        return y
+        return y[: ctx.shape.numel() // ctx.shape[-1]].view(*ctx.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *result = ctx.saved_tensors
         by_x, by_weight, by_bias, _ = ctx.needs_input_grad
-        gradient = torch.ops.aten.threshold_backward(gradients[0], result[0], 0) if result else gradients[0]
-        flat = gradient.reshape(-1, gradient.shape[-1])
+        gradient = _with_spare_rows(gradients[0].reshape(-1, weight.shape[1]))
+        gradient = _relu_gradient(gradient, result[0]) if result else gradient
         return (
-            _multiply(gradient, weight) if by_x else None,
-            _outer(x.reshape(-1, x.shape[-1]), flat) if by_weight else None,
-            flat.sum(0) if by_bias else None,
+            _multiply(gradient, weight)[: ctx.shape.numel() // ctx.shape[-1]].view(ctx.shape) if by_x else None,
+            _outer(x, gradient) if by_weight else None,
+            gradient.sum(0) if by_bias else None,
             None,
         )
+
+
+def _relu_gradient(gradient: Tensor, result: Tensor) -> Tensor:
+    return torch.ops.aten.threshold_backward(gradient, result, 0)
 
 
 class _Perceptron(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, tokens: Tensor, offsets: Tensor, table: Tensor, bias: Tensor, hidden: Tensor, hidden_bias: Tensor,
-        condition: Tensor | None,
+        condition: Tensor | None, head: Tensor | None, head_bias: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        x = bias.expand(len(tokens), -1).clone() if condition is None else condition + bias
+        count = len(tokens)
+        x = bias.expand(_rounded(count), -1).clone()
+        if condition is not None:
+            x[:count] += condition
         _add_rows(tokens.contiguous().numpy(), offsets.numpy(), table.detach().numpy(), x.numpy())
         layers = [x]
         for weight, layer_bias in zip(hidden.detach(), hidden_bias.detach(), strict=True):
             layers.append(_multiply(layers[-1], weight.t(), layer_bias, "relu"))
-        ctx.save_for_backward(tokens, offsets, table, hidden, *layers)
-        return layers[-1]
+        ctx.save_for_backward(tokens, offsets, table, hidden, head, *layers)
+        return (layers[-1] if head is None else _multiply(layers[-1], head.t(), head_bias))[:count]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, offsets, table, hidden, *layers = ctx.saved_tensors
+        tokens, offsets, table, hidden, head, *layers = ctx.saved_tensors
         by_hidden = torch.empty_like(hidden)
-        by_bias = hidden.new_empty(hidden.shape[:2])
-        gradient = gradients[0]
+        by_hidden_bias = hidden.new_empty(hidden.shape[:2])
+        gradient = _with_spare_rows(gradients[0])
+        by_head, by_head_bias = None, None
+        if head is not None:
+            by_head, by_head_bias = _outer(layers[-1], gradient), gradient.sum(0)
+            gradient = _multiply(gradient, head)
         for i in reversed(range(len(hidden))):
-            gradient = torch.ops.aten.threshold_backward(gradient, layers[i + 1], 0)
+            gradient = _relu_gradient(gradient, layers[i + 1])
             by_hidden[i] = _outer(layers[i], gradient)
-            torch.sum(gradient, 0, out=by_bias[i])
+            torch.sum(gradient, 0, out=by_hidden_bias[i])
             gradient = _multiply(gradient, hidden[i])
-        gradient = torch.ops.aten.threshold_backward(gradient, layers[0], 0).contiguous()
+        gradient = _relu_gradient(gradient, layers[0])[: len(tokens)]
         by_table = torch.zeros_like(table)
         _scatter_rows(tokens.contiguous().numpy(), offsets.numpy(), gradient.numpy(), by_table.numpy())
         by_condition = gradient if ctx.needs_input_grad[6] else None
-        return None, None, by_table, gradient.sum(0), by_hidden, by_bias, by_condition
+        return None, None, by_table, gradient.sum(0), by_hidden, by_hidden_bias, by_condition, by_head, by_head_bias
 
 
 @njit(nogil=True)
 def _add_rows(tokens, offsets, table, out):  # type: ignore[no-untyped-def]
-    """Add the tokens' rows to `out`, then ReLU."""
+    """Add the tokens' rows to the first ones of `out`, and ReLU."""
     for n in range(tokens.shape[0]):
         for place in range(tokens.shape[1]):
             row = tokens[n, place] + offsets[place]

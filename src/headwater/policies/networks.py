@@ -67,16 +67,16 @@ class MLP(nn.Module):
         )
         self.register_buffer("offsets", offsets.to(torch.int32), persistent=False)
 
-    def forward(self, features: Tensor, condition: Tensor | None) -> Tensor:
-        """features as the environment gives them, condition `[N, width]` or None -> `[N, width]`."""
+    def forward(self, features: Tensor, condition: Tensor | None, head: Linear | None = None) -> Tensor:
+        """features as the environment gives them, condition `[N, width]` or None -> `[N, width]`, or `head` of it."""
         if self.is_tokens:
             layers = self.table, self.bias, self.hidden, self.hidden_bias
-            return perceptron(features, self.offsets, *layers, condition)
+            return perceptron(features, self.offsets, *layers, condition, *(head.parameters() if head else ()))
         x = linear(features, self.table, self.bias)
         x = (x if condition is None else x + condition).relu()
         for weight, bias in zip(self.hidden, self.hidden_bias, strict=True):
             x = linear(x, weight, bias, relu=True)
-        return x
+        return head(x) if head else x
 
 
 class Transformer(nn.Module):
@@ -90,14 +90,15 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(_Block(width, heads, feed_forward * width) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, features: Tensor, condition: Tensor | None) -> Tensor:
-        """tokens `[N, length]`, condition `[N, width]` or None -> `[N, width]`."""
+    def forward(self, features: Tensor, condition: Tensor | None, head: Linear | None = None) -> Tensor:
+        """tokens `[N, length]`, condition `[N, width]` or None -> `[N, width]`, or `head` of it."""
         x = self.embedding(features) + self.position
         if condition is not None:
             x = x + condition[:, None]
         for block in self.blocks:
             x = block(x)
-        return self.norm(x.mean(1))
+        x = self.norm(x.mean(1))
+        return head(x) if head else x
 
 
 class _Block(nn.Module):

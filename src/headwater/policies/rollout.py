@@ -23,7 +23,7 @@ from torch import Tensor
 
 from headwater.environments.base import Environment, Native
 from headwater.policies.base import Exploration
-from headwater.policies.native_network import NativeNetwork, logits_of_row, room
+from headwater.policies.native_network import NativeNetwork, logits_of_row
 
 Logits = Callable[[Tensor, Tensor], Tensor]
 """(states `[n, width]`, trajectory numbers `[n]`) -> logits `[n, actions or more]`; columns past the actions are
@@ -343,11 +343,10 @@ def _compiled(forward_mask: Any, step: Any, backward_mask: Any, backward_step: A
         out_states, out_actions, out_ids, filled, log_prob, network,
     ):  # fmt: skip
         logits = np.empty((live, n_actions), np.float32)
-        x, y, active = room(network)
         taken = 0
         while live and taken + live <= uniform.size and filled + 2 * live <= out_ids.size:
             for i in range(live):
-                logits_of_row(network, states[i], ids[i], 0, logits[i], x, y, active)
+                logits_of_row(network, states[i], ids[i], 0, logits[i])
             going = live
             live, filled = advance(
                 states, ids, live, logits, uniform[taken:], n_actions, epsilon, inverse_temperature, constants,
@@ -381,11 +380,10 @@ def _compiled(forward_mask: Any, step: Any, backward_mask: Any, backward_step: A
         first,
     ):  # fmt: skip
         logits = np.empty((live, n_actions), np.float32)
-        x, y, active = room(network)
         taken = 0
         while live and taken + live <= uniform.size and filled + live <= out_ids.size:
             for i in range(live):
-                logits_of_row(network, states[i], ids[i], first, logits[i], x, y, active)
+                logits_of_row(network, states[i], ids[i], first, logits[i])
             going = live
             live, filled = retreat(
                 states, ids, live, logits, uniform[taken:], n_actions, constants,

@@ -166,8 +166,7 @@ class _Perceptron(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         tokens, offsets, table, hidden, head, *layers = ctx.saved_tensors
-        by_hidden = torch.empty_like(hidden)
-        by_hidden_bias = hidden.new_empty(hidden.shape[:2])
+        by_hidden, by_hidden_bias = [], hidden.new_empty(hidden.shape[:2])
         gradient = _with_spare_rows(gradients[0])
         by_head, by_head_bias = None, None
         if head is not None:
@@ -175,14 +174,22 @@ class _Perceptron(torch.autograd.Function):
             gradient = _multiply(gradient, head)
         for i in reversed(range(len(hidden))):
             gradient = _relu_gradient(gradient, layers[i + 1])
-            by_hidden[i] = _outer(layers[i], gradient)
+            by_hidden.append(_outer(layers[i], gradient))
             torch.sum(gradient, 0, out=by_hidden_bias[i])
             gradient = _multiply(gradient, hidden[i])
         gradient = _relu_gradient(gradient, layers[0])[: len(tokens)]
         by_table = torch.zeros_like(table)
         _scatter_rows(tokens.contiguous().numpy(), offsets.numpy(), gradient.numpy(), by_table.numpy())
         by_condition = gradient if ctx.needs_input_grad[6] else None
-        return None, None, by_table, gradient.sum(0), by_hidden, by_hidden_bias, by_condition, by_head, by_head_bias
+        by_layers = by_table, gradient.sum(0), _stacked(by_hidden[::-1], hidden), by_hidden_bias
+        return None, None, *by_layers, by_condition, by_head, by_head_bias
+
+
+def _stacked(layers: list[Tensor], like: Tensor) -> Tensor:
+    """`[len(layers), ...]`: a view of the only one, so that it is not copied."""
+    if len(layers) == 1:
+        return layers[0][None]
+    return torch.stack(layers) if layers else torch.zeros_like(like)
 
 
 @njit(nogil=True)

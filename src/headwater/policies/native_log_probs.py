@@ -44,12 +44,14 @@ class _StepLogProbs(torch.autograd.Function):
         ctx: Any, output: Tensor, states: Tensor, actions: Tensor, undo: Tensor, rules: Native, n_actions: int,
         n_backward_actions: int, learned: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        ctx.save_for_backward(output, states, actions, undo)
-        ctx.rule = rules.constants, n_actions, n_backward_actions, learned
-        ctx.kernels = _compiled(rules.forward_mask, rules.backward_mask)
         taken, backward, log_exit = (torch.empty(len(actions)) for _ in range(3))
+        probabilities = torch.empty(output.shape)
         arrays = [tensor.detach().contiguous().numpy() for tensor in (output, states, actions, undo)]
-        ctx.kernels[0](*arrays, *ctx.rule, taken.numpy(), backward.numpy(), log_exit.numpy())
+        results = [tensor.numpy() for tensor in (probabilities, taken, backward, log_exit)]
+        kernel = _compiled(rules.forward_mask, rules.backward_mask)
+        kernel(*arrays, rules.constants, n_actions, n_backward_actions, learned, *results)
+        ctx.save_for_backward(probabilities, actions, undo)
+        ctx.rule = n_actions, learned
         if not learned:
             ctx.mark_non_differentiable(backward)
         return taken, backward, log_exit
@@ -58,71 +60,70 @@ class _StepLogProbs(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         arrays = [tensor.detach().contiguous().numpy() for tensor in (*ctx.saved_tensors, *gradients)]
         by_output = torch.empty(ctx.saved_tensors[0].shape)
-        ctx.kernels[1](*arrays, *ctx.rule, by_output.numpy())
+        _gradient(*arrays, *ctx.rule, by_output.numpy())  # type: ignore[call-arg]
         return by_output, *(None for _ in range(7))
 
 
 @njit(nogil=True)
-def _log_sum(row, first, mask, count):  # type: ignore[no-untyped-def]
-    """Log of the summed exponentials of the legal ones among `count` outputs from `first` on."""
+def _softmax(row, mask, first, out):  # type: ignore[no-untyped-def]
+    """Softmax over the legal ones of the outputs from `first` on into the same places of `out`, 0 for the others;
+    returns the log of their summed exponentials.
+    """
     highest = np.float32(-np.inf)
-    for a in range(count):
+    for a in range(mask.size):
         if mask[a]:
             highest = max(highest, row[first + a])
     total = np.float32(0)
-    for a in range(count):
-        if mask[a]:
-            total += np.exp(row[first + a] - highest)
+    for a in range(mask.size):
+        out[first + a] = np.exp(row[first + a] - highest) if mask[a] else np.float32(0)
+        total += out[first + a]
+    for a in range(mask.size):
+        out[first + a] /= total
     return highest + np.log(total)
 
 
 @cache
-def _compiled(forward_mask: Any, backward_mask: Any) -> tuple[Any, Any]:
-    """The two kernels for one environment's rules."""
+def _compiled(forward_mask: Any, backward_mask: Any) -> Any:
+    """The kernel for one environment's rules."""
 
     @njit(nogil=True)
     def forward(  # type: ignore[no-untyped-def]
-        output, states, actions, undo, constants, n_actions, n_backward, learned, taken, backward, log_exit
-    ):
+        output, states, actions, undo, constants, n_actions, n_backward, learned,
+        probabilities, taken, backward, log_exit,
+    ):  # fmt: skip
         mask, backward_legal = np.empty(n_actions, np.bool_), np.empty(n_backward, np.bool_)
         exit_action = n_actions - 1
         for s in range(actions.size):
             forward_mask(states[s], constants, mask)
-            log_sum = _log_sum(output[s], 0, mask, n_actions)
+            log_sum = _softmax(output[s], mask, 0, probabilities[s])
             taken[s] = output[s, actions[s]] - log_sum
             log_exit[s] = output[s, exit_action] - log_sum if mask[exit_action] else NEVER
             backward[s] = 0
-            if actions[s] != exit_action:
-                backward_mask(states[s + 1], constants, backward_legal)
-                if learned:
-                    log_sum = _log_sum(output[s + 1], n_actions, backward_legal, n_backward)
-                    backward[s] = output[s + 1, n_actions + undo[s]] - log_sum
-                else:
-                    backward[s] = -np.log(max(backward_legal.sum(), 1))
+            if actions[s] == exit_action:
+                continue
+            backward_mask(states[s + 1], constants, backward_legal)
+            if learned:
+                log_sum = _softmax(output[s + 1], backward_legal, n_actions, probabilities[s + 1])
+                backward[s] = output[s + 1, n_actions + undo[s]] - log_sum
+            else:
+                backward[s] = -np.log(max(backward_legal.sum(), 1))
 
-    @njit(nogil=True)
-    def gradient(  # type: ignore[no-untyped-def]
-        output, states, actions, undo, by_taken, by_backward, by_exit, constants, n_actions, n_backward, learned, out
-    ):
-        mask, backward_legal = np.empty(n_actions, np.bool_), np.empty(n_backward, np.bool_)
-        exit_action = n_actions - 1
-        out[:] = 0
-        for s in range(actions.size):
-            forward_mask(states[s], constants, mask)
-            through_exit = by_exit[s] if mask[exit_action] else np.float32(0)
-            log_sum = _log_sum(output[s], 0, mask, n_actions)
-            for a in range(n_actions):
-                if mask[a]:
-                    out[s, a] = -(by_taken[s] + through_exit) * np.exp(output[s, a] - log_sum)
-            out[s, actions[s]] += by_taken[s]
-            out[s, exit_action] += through_exit
-            if learned and actions[s] != exit_action:
-                backward_mask(states[s + 1], constants, backward_legal)
-                log_sum = _log_sum(output[s + 1], n_actions, backward_legal, n_backward)
-                for b in range(n_backward):
-                    if backward_legal[b]:
-                        share = np.exp(output[s + 1, n_actions + b] - log_sum)
-                        out[s + 1, n_actions + b] -= by_backward[s] * share
-                out[s + 1, n_actions + undo[s]] += by_backward[s]
+    return forward
 
-    return forward, gradient
+
+@njit(nogil=True)
+def _gradient(  # type: ignore[no-untyped-def]
+    probabilities, actions, undo, by_taken, by_backward, by_exit, n_actions, learned, out
+):
+    exit_action = n_actions - 1
+    out[:] = 0
+    for s in range(actions.size):
+        through_exit = by_exit[s] if probabilities[s, exit_action] > 0 else np.float32(0)
+        for a in range(n_actions):
+            out[s, a] = -(by_taken[s] + through_exit) * probabilities[s, a]
+        out[s, actions[s]] += by_taken[s]
+        out[s, exit_action] += through_exit
+        if learned and actions[s] != exit_action:
+            for b in range(n_actions, out.shape[1] - 1):
+                out[s + 1, b] = -by_backward[s] * probabilities[s + 1, b]
+            out[s + 1, n_actions + undo[s]] += by_backward[s]

@@ -279,8 +279,8 @@ def _rules(environment: Environment) -> Native:
 
 
 @njit(nogil=True)
-def _draw(logits, mask, n_actions, uniform, epsilon, inverse_temperature):  # type: ignore[no-untyped-def]
-    """One legal action by inverse CDF, and its probability."""
+def _draw(logits, mask, n_actions, uniform, epsilon, inverse_temperature, weights):  # type: ignore[no-untyped-def]
+    """One legal action by inverse CDF, and its probability; `weights` is room for `[n_actions]`."""
     highest, n_legal = -np.inf, 0
     for a in range(n_actions):
         if mask[a]:
@@ -289,12 +289,13 @@ def _draw(logits, mask, n_actions, uniform, epsilon, inverse_temperature):  # ty
     total = 0.0
     for a in range(n_actions):
         if mask[a]:
-            total += np.exp(logits[a] * inverse_temperature - highest)
+            weights[a] = np.exp(np.float32(logits[a] * inverse_temperature - highest))
+            total += weights[a]
     cumulative, action, probability = 0.0, -1, 0.0
     for a in range(n_actions):
         if mask[a]:
             action = a
-            probability = (1 - epsilon) * np.exp(logits[a] * inverse_temperature - highest) / total + epsilon / n_legal
+            probability = (1 - epsilon) * weights[a] / total + epsilon / n_legal
             cumulative += probability
             if cumulative > uniform:
                 break
@@ -314,11 +315,11 @@ def _compiled(forward_mask: Any, step: Any, backward_mask: Any, backward_step: A
         out_states, out_actions, out_ids, filled, log_prob,
     ):  # fmt: skip
         exit_action = n_actions - 1
-        mask = np.empty(n_actions, np.bool_)
+        mask, weights = np.empty(n_actions, np.bool_), np.empty(n_actions, np.float32)
         kept = 0
         for i in range(live):
             forward_mask(states[i], constants, mask)
-            action, probability = _draw(logits[i], mask, n_actions, uniform[i], epsilon, inverse_temperature)
+            action, probability = _draw(logits[i], mask, n_actions, uniform[i], epsilon, inverse_temperature, weights)
             log_prob[ids[i]] += np.log(probability)
             out_states[filled], out_actions[filled], out_ids[filled] = states[i], action, ids[i]
             filled += 1
@@ -359,11 +360,11 @@ def _compiled(forward_mask: Any, step: Any, backward_mask: Any, backward_step: A
     def retreat(  # type: ignore[no-untyped-def]
         states, ids, live, logits, uniform, n_actions, constants, out_states, out_actions, out_ids, filled, log_prob
     ):
-        mask = np.empty(n_actions, np.bool_)
+        mask, weights = np.empty(n_actions, np.bool_), np.empty(n_actions, np.float32)
         kept = 0
         for i in range(live):
             backward_mask(states[i], constants, mask)
-            backward_action, probability = _draw(logits[i], mask, n_actions, uniform[i], 0.0, 1.0)
+            backward_action, probability = _draw(logits[i], mask, n_actions, uniform[i], 0.0, 1.0, weights)
             log_prob[ids[i]] += np.log(probability)
             out_actions[filled] = backward_step(states[i], backward_action, constants)
             out_states[filled], out_ids[filled] = states[i], ids[i]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,6 +26,14 @@ from headwater.trajectories import Trajectories
 
 _CHUNK = 16384  # states that a network sees at once
 _CHUNK_STEPS = 65536  # steps of trajectories that a network sees at once
+
+
+class ExactDraws(Protocol):
+    """Whatever draws from the target itself."""
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """`count` final states: `[count, width]`."""
+        ...
 
 
 class ExactDistribution:
@@ -109,7 +118,7 @@ def bounds(
     condition: Tensor | None,
     count: int,
     generator: torch.Generator,
-    exact: ExactDistribution | None = None,
+    exact: ExactDraws | None = None,
 ) -> dict[str, float]:
     """Bounds on log Z from `count` draws, under one condition row.
 
@@ -255,6 +264,7 @@ def _entropy_terms(p: Tensor, q: Tensor) -> Tensor:
 
 __all__ = [
     "ExactDistribution",
+    "ExactDraws",
     "best_and_different",
     "best_distinct",
     "bounds",

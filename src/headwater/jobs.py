@@ -121,12 +121,16 @@ def _evaluation(run: Run, sampler: Sampler) -> dict[str, object]:
     rows = run.metrics()
     figures: dict[str, object] = {}
     exact = recipe.exact_distribution()
+    log_z = recipe.exact_log_z() if exact is None else exact.log_z
     if exact is not None:
         figures |= exact.compare(policy)
+    if log_z is not None:
+        figures["log_z_exact"] = log_z
         learned = [row["log_z"] for row in rows if "log_z" in row]
         if learned:
-            figures["log_z_gap"] = abs(float(learned[-1]) - exact.log_z)
-    figures |= evaluation.bounds(policy, reward, recipe.default_condition(), 2000, generator, exact)
+            figures["log_z_gap"] = abs(float(learned[-1]) - log_z)
+    draws = exact or recipe.exact_draws()
+    figures |= evaluation.bounds(policy, reward, recipe.default_condition(), 2000, generator, draws)
     figures |= _sample_figures(recipe, samples) | recipe.measures(samples)
     if isinstance(policy, EnvironmentPolicy):
         condition = sampler.condition()

@@ -132,11 +132,10 @@ def _evaluation(run: Run, sampler: Sampler) -> dict[str, object]:
     draws = exact or recipe.exact_draws()
     figures |= evaluation.bounds(policy, reward, recipe.default_condition(), 2000, generator, draws)
     figures |= _sample_figures(recipe, samples) | recipe.measures(samples)
-    if isinstance(policy, EnvironmentPolicy):
-        condition = sampler.condition()
-        if exact is not None:
-            drawn = policy.sample(condition.expand(TEST_OBJECTS, -1), generator=generator)
-            figures |= exact.empirical_total_variation(policy.final_states(drawn))
+    if exact is not None and isinstance(policy, EnvironmentPolicy):
+        drawn = policy.sample(sampler.condition().expand(TEST_OBJECTS, -1), generator=generator)
+        figures |= exact.empirical_total_variation(policy.final_states(drawn))
+    if policy.walks_backward:
         figures |= _correlations(sampler, samples, generator)
         calls = int(float(rows[-1].get("reward_calls", 0))) if rows else 0
         if exact is None and calls:
@@ -185,13 +184,12 @@ def _correlations(sampler: Sampler, samples: Samples, generator: torch.Generator
     besides.
     """
     policy, reward = sampler.problem.policy, sampler.problem.reward
-    assert isinstance(policy, EnvironmentPolicy)
     first = evaluation.best_distinct(samples.log_reward, samples.objects, TEST_OBJECTS)
     drawn_reward, drawn_prob = samples.log_reward[first], samples.log_prob[first]
     condition = sampler.condition().expand(len(first), -1)
     random = policy.sample(condition, Exploration(epsilon=1.0), generator)
     random_reward = reward(policy.objects(random), condition).double().numpy()
-    random_prob = evaluation.log_prob_of_states(policy, policy.final_states(random), condition, 10, generator).numpy()
+    random_prob = evaluation.log_prob_of_objects(policy, random, 10, generator).numpy()
     known = np.isfinite(random_reward)
     both = evaluation.correlation(
         np.concatenate([drawn_reward, random_reward[known]]), np.concatenate([drawn_prob, random_prob[known]])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -135,12 +134,6 @@ def read_couplings(path: str | Path) -> Tensor:
     if not rows or len(rows) != len(rows[0]):
         raise ValueError(f"{path}: {len(rows)} lines of {len(rows[0]) if rows else 0} numbers; couplings are [n, n]")
     return torch.tensor(rows, dtype=torch.float64)
-
-
-def correlations(spins: Tensor, couples: Sequence[tuple[int, int]]) -> Tensor:
-    """Mean of s_i . s_j over draws `[T, n, k]` for each of the pairs of sites: float64 `[pairs]`."""
-    first, second = (torch.tensor(column) for column in zip(*couples, strict=True))
-    return (spins[:, first] * spins[:, second]).sum(2).double().mean(0)
 
 
 def _number(text: str, where: str) -> float:

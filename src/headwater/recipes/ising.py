@@ -17,7 +17,8 @@ from torch import Tensor
 
 from headwater.environments.base import Environment, Objects
 from headwater.environments.elimination import Elimination, TooWide
-from headwater.environments.lattice import PairwiseReward, correlations, read_couplings, sites, torus
+from headwater.environments.lattice import PairwiseReward, read_couplings, sites, torus
+from headwater.objectives import Objective
 from headwater.policies import NO_EXPLORATION, Policy
 from headwater.recipes.base import EnvironmentRecipe, listed
 from headwater.report import Section
@@ -50,8 +51,10 @@ class IsingRecipe(EnvironmentRecipe):
     """Added to log R for each site in the last state; for two states, times its spin."""
     construction: Literal["append", "slots"] = "append"
     """append: sites are set row by row; slots: in any order, which takes many times the work."""
+    objective: Objective = field(default_factory=lambda: Objective("vargrad"))
+    """What to balance."""
     training: Training = field(
-        default_factory=lambda: Training(iterations=3000, batch_size=64, learning_rate=1e-3, schedule="cosine")
+        default_factory=lambda: Training(iterations=2000, batch_size=64, learning_rate=3e-3, schedule="cosine")
     )
     """How long and how fast to learn."""
     exploration: ExplorationSettings = field(default_factory=lambda: ExplorationSettings(epsilon=0.0))
@@ -172,13 +175,8 @@ class IsingRecipe(EnvironmentRecipe):
 
     def _correlation(self, states: Tensor, reach: int) -> np.ndarray:
         """Mean s_i . s_j over all pairs of sites that lie 0, 1, ... `reach` apart along a row of the torus."""
-        number = torch.arange(self.height * self.width).view(self.height, self.width)
-        spins = self.model.spins[states.long()]
-        means = []
-        for distance in range(reach + 1):
-            couples = torch.stack([number.flatten(), number.roll(-distance, 1).flatten()], 1).tolist()
-            means.append(float(correlations(spins, [(i, j) for i, j in couples]).mean()))
-        return np.array(means)
+        spins = self.model.spins[states.long()].view(len(states), self.height, self.width, -1)
+        return np.array([float((spins * spins.roll(-far, 2)).sum(3).mean()) for far in range(reach + 1)])
 
 
 def _rows(rows: list[object]) -> list[tuple[int, ...]]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from headwater.environments.base import Dense, Objects, identity
 from headwater.policies.base import NO_EXPLORATION, Exploration, LogProbs, Policy
-from headwater.policies.densities import EDGE, BoxMixture, Kind
+from headwater.policies.densities import EDGE, UNIFORM, BoxMixture, Kind
 from headwater.policies.networks import Network
 from headwater.trajectories import Trajectories
 
@@ -202,7 +202,9 @@ class BoxPolicy(Policy):
     def _backward_mixture(self, points: Tensor, times: Tensor, output: Tensor) -> BoxMixture:
         width = self.widths[times][:, None, None]
         shift, stretch = (
-            output.view(len(output), 2, 1, self.dimensions).unbind(1)
+            output.tanh()
+            .view(len(output), 2, 1, self.dimensions)
+            .unbind(1)  # bounded: it may not chase the forward steps
             if self.backward_kind == "learned"
             else (torch.zeros_like(points[:, None]),) * 2
         )
@@ -243,9 +245,10 @@ def _spread(mixture: BoxMixture, mass: Tensor, axis: Tensor) -> Tensor:
     """Density at the grid over nodes `axis` (`[G]`) after steps of N mixtures, whose states hold `mass` (`[N]`):
     `[G]` or `[G, G]`.
     """
-    share = mass[:, None] * mixture.log_weight.double().exp()
+    share = (1 - UNIFORM) * mass[:, None] * mixture.log_weight.double().exp()
+    uniform = UNIFORM * mass.sum()
     along = mixture.log_densities(axis.view(-1, 1, 1, 1)).exp()  # [G, N, K, d]
     if along.shape[3] == 1:
-        return torch.einsum("nk,gnk->g", share, along[..., 0])
+        return torch.einsum("nk,gnk->g", share, along[..., 0]) + uniform
     first, second = (along[..., i].flatten(1) for i in range(2))
-    return (first * share.flatten()) @ second.T
+    return (first * share.flatten()) @ second.T + uniform

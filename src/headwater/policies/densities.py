@@ -16,13 +16,17 @@ from torch import Tensor
 
 Kind = Literal["beta", "gaussian"]
 
+UNIFORM = 1e-3
+"""Share of every mixture that is uniform over the box: no log-density falls far below its logarithm, so that a step
+which one side takes and the other finds unlikely costs a residual of some nats, not of thousands."""
+
 EDGE = 1e-6
 """Points stay this far inside the box, so that single precision can tell them from its edge."""
 
 
 @dataclass(frozen=True)
 class BoxMixture:
-    """N mixtures of K products over d coordinates.
+    """N mixtures of K products over d coordinates, and of a share `UNIFORM` of the uniform density.
 
     log_weight: `[N, K]`, normalised. location, width: `[N, K, d]`, location in [0, 1], width positive.
     """
@@ -35,7 +39,8 @@ class BoxMixture:
     def log_prob(self, points: Tensor) -> Tensor:
         """Log-density of one point each, `[N, d]`: float32 `[N]`."""
         parts = self.log_densities(points[:, None, :]).sum(2)
-        return (self.log_weight + parts).logsumexp(1).float()
+        mixed = (self.log_weight + parts).logsumexp(1) + math.log1p(-UNIFORM)
+        return torch.logaddexp(mixed, torch.full_like(mixed, math.log(UNIFORM))).float()
 
     def log_densities(self, x: Tensor) -> Tensor:
         """Log-densities of the components' coordinates at `x`, broadcast against `[N, K, d]`, in double precision: with
@@ -62,7 +67,8 @@ class BoxMixture:
         else:
             a, b = (torch._standard_gamma(shape, generator=generator) for shape in _beta_shapes(location, width))
             x = a / (a + b)
-        return x.clamp(EDGE, 1 - EDGE).float()
+        anywhere = torch.rand(len(x), 1 + x.shape[1], generator=generator, dtype=torch.float64, device=x.device)
+        return torch.where(anywhere[:, :1] < UNIFORM, anywhere[:, 1:], x).clamp(EDGE, 1 - EDGE).float()
 
     def tempered(self, temperature: float) -> BoxMixture:
         """Flatter above 1, sharper below: weights to the power 1 / temperature, widths times its root, which is the

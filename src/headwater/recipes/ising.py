@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from headwater.training import ExplorationSettings, Training
 
 _DRAWS = 5000
 _PICTURES = 12
+_ACROSS = 6
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ class IsingRecipe(EnvironmentRecipe):
         return "-+" if self.states == 2 else "0123456789"[: self.states]
 
     def text(self, objects: Objects) -> list[str]:
-        return ["".join(self._symbols[state] for state in row) for row in _rows(listed(objects))]
+        rows = cast("list[tuple[int, ...]]", listed(objects))
+        return ["".join(self._symbols[state] for state in row) for row in rows]
 
     def objects(self, lines: Sequence[str]) -> Objects:
         """Raises ValueError naming a symbol that is none of a site's."""
@@ -157,11 +159,9 @@ class IsingRecipe(EnvironmentRecipe):
         ]  # fmt: skip
         sections = []
         if self.couplings is None:
-            pictures = "".join(
-                f"<figure>{_picture(states.view(self.height, self.width), self.states)}</figure>"
-                for states in drawn["learned"][:_PICTURES]
-            )
-            sections.append(Section("Lattices drawn", f'<div class="figures">{pictures}</div>'))
+            lattices = drawn["learned"][:_PICTURES].view(-1, self.height, self.width)
+            pictures = _pictures(lattices, self.states)
+            sections.append(Section("Lattices drawn", f'<figure class="medium">{pictures}</figure>'))
             reach = self.width // 2
             if reach:
                 curves = {
@@ -179,24 +179,25 @@ class IsingRecipe(EnvironmentRecipe):
         return np.array([float((spins * spins.roll(-far, 2)).sum(3).mean()) for far in range(reach + 1)])
 
 
-def _rows(rows: list[object]) -> list[tuple[int, ...]]:
-    return rows  # type: ignore[return-value]
-
-
-def _picture(states: Tensor, number: int) -> str:
-    """One lattice `[height, width]` as a small `<svg>`, a darker square for a higher state."""
+def _pictures(lattices: Tensor, number: int) -> str:
+    """Lattices `[count, height, width]` as one `<svg>`, a darker square for a higher state."""
     from headwater.report.figures import PALETTE
 
-    height, width = states.shape
-    squares = "".join(
-        f'<rect x="{c}" y="{r}" width="1" height="1" fill-opacity="{state / (number - 1):.2g}"/>'
-        for r, row in enumerate(states.tolist())
-        for c, state in enumerate(row)
-        if state
-    )
+    count, height, width = lattices.shape
+    across = min(count, _ACROSS)
+    drawings = []
+    for place, states in enumerate(lattices.tolist()):
+        squares = "".join(
+            f'<rect x="{column}" y="{row}" width="1" height="1" fill-opacity="{state / (number - 1):.2g}"/>'
+            for row, line in enumerate(states)
+            for column, state in enumerate(line)
+            if state
+        )
+        frame = f'<rect width="{width}" height="{height}" fill="none" stroke="{PALETTE["rule"]}" stroke-width="0.1"/>'
+        x, y = place % across * (width + 1), place // across * (height + 1)
+        drawings.append(f'<g transform="translate({x} {y})">{frame}{squares}</g>')
+    box = f"-0.1 -0.1 {across * (width + 1) - 0.8} {-(-count // across) * (height + 1) - 0.8}"
     return (
-        f'<svg role="img" aria-label="A lattice of {height} rows and {width} columns" viewBox="-0.1 -0.1 {width + 0.2} '
-        f'{height + 0.2}" width="110" shape-rendering="crispEdges" fill="{PALETTE["water"]}">'
-        f'<rect width="{width}" height="{height}" fill="none" stroke="{PALETTE["rule"]}" stroke-width="0.1"/>'
-        f"{squares}</svg>"
+        f'<svg role="img" aria-label="{count} lattices of {height} rows and {width} columns" viewBox="{box}" '
+        f'shape-rendering="crispEdges" fill="{PALETTE["water"]}">{"".join(drawings)}</svg>'
     )

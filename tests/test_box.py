@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from headwater import Sampler, jobs
 from headwater.conditions import NoCondition
 from headwater.environments.base import Objects
 from headwater.environments.box import RingReward, cell_integrals
@@ -20,6 +22,7 @@ from headwater.policies.box import BoxBackward
 from headwater.policies.densities import BoxMixture, Kind
 from headwater.recipes.box import BoxRecipe
 from headwater.replay import ReplaySettings
+from headwater.runs import Run
 from headwater.training import ExplorationSettings, Trainer, Training
 from headwater.trajectories import Trajectories
 from helpers import same, seeded
@@ -259,3 +262,28 @@ def test_trajectories_of_points_survive_a_file(tmp_path: object) -> None:
     drawn = BoxPolicy(3).sample(NOTHING.expand(4, 0), generator=seeded(0))
     drawn.save(f"{tmp_path}/points.safetensors")
     assert same(Trajectories.load(f"{tmp_path}/points.safetensors"), drawn)
+
+
+@pytest.mark.parametrize(("dimensions", "said"), [(1, "over 20 cells"), (2, "over 20 × 20 cells"), (3, "axis by axis")])
+def test_a_run_over_a_box_reports_density_and_integral(dimensions: int, said: str, tmp_path: Path) -> None:
+    training = Training(iterations=20, batch_size=16)
+    recipe = BoxRecipe(dimensions=dimensions, training=training, network=Network(width=16), samples=50)
+    jobs.train(recipe, "box", tmp_path / "run", progress_bar=False)
+    figures = Run.open(tmp_path / "run").evaluation()
+    assert figures["log_z_exact"] == pytest.approx(math.log(0.1 + 0.5 * 0.5**dimensions + 2 * 0.2**dimensions))
+    assert {"elbo", "log_z_gap", "pearson", "modes"} <= figures.keys()
+    assert said in (tmp_path / "run" / "report.html").read_text()
+    first, second = (Sampler.load(tmp_path / "run").sample(30, seed=3) for _ in range(2))
+    assert first.objects == second.objects
+    np.testing.assert_array_equal(first.log_prob, second.log_prob)
+
+
+def test_a_function_of_points_is_integrated_and_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ramp.py").write_text("def height(points):\n    return [2 * x + 0.5 for (x,) in points]\n")
+    recipe = BoxRecipe(dimensions=1, function="ramp:height", network=Network(width=16), samples=10)
+    assert recipe.exact_log_z() == pytest.approx(math.log(1.5), abs=1e-5)
+    jobs.train(replace(recipe, training=Training(iterations=5)), "box", tmp_path / "run", progress_bar=False)
+    assert Run.open(tmp_path / "run").evaluation()["log_z_exact"] == pytest.approx(math.log(1.5), abs=1e-5)
+    assert replace(recipe, quadrature=0).exact_log_z() is None
+    assert recipe.distance("0.1 0.2", "0.4 0.6") == pytest.approx(0.5)

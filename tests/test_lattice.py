@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from headwater import jobs
 from headwater.conditions import NoCondition
 from headwater.environments import Slots, check_environment
 from headwater.environments.elimination import Elimination, TooWide
@@ -20,6 +21,7 @@ from headwater.objectives import Objective
 from headwater.policies import EnvironmentPolicy, Network
 from headwater.recipes.ising import IsingRecipe
 from headwater.reward import TemperedReward
+from headwater.runs import Run
 from headwater.training import ExplorationSettings, Trainer, Training
 from helpers import seeded
 
@@ -225,3 +227,27 @@ def test_a_file_of_couplings_is_the_model(tmp_path: Path) -> None:
 def test_a_mistake_about_a_model_is_named(make: object, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("states", [2, 3])
+def test_a_run_reports_lattices_and_their_physics_beside_exact_draws(states: int, tmp_path: Path) -> None:
+    training = Training(iterations=10, batch_size=16)
+    recipe = IsingRecipe(height=4, width=5, states=states, training=training, network=Network(width=16), samples=30)
+    jobs.train(recipe, "ising", tmp_path / "run", progress_bar=False)
+    figures = Run.open(tmp_path / "run").evaluation()
+    log_z = PairwiseReward(0.1 * torus(4, 5), states).elimination().log_z
+    assert figures["log_z_exact"] == pytest.approx(log_z)
+    assert float(str(figures["elbo"])) < log_z < float(str(figures["eubo"]))
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "12 lattices of 4 rows and 5 columns" in report
+    assert "5,000 exact ones" in report
+
+
+def test_a_model_without_a_lattice_is_reported_too(tmp_path: Path) -> None:
+    (tmp_path / "J.csv").write_text("0,0.5,0\n0.5,0,-0.2\n0,-0.2,0\n")
+    training = Training(iterations=5)
+    recipe = IsingRecipe(couplings=tmp_path / "J.csv", training=training, network=Network(width=16), samples=10)
+    jobs.train(recipe, "ising", tmp_path / "run", progress_bar=False)
+    (tmp_path / "J.csv").unlink()
+    assert "total_variation" in jobs.evaluate(tmp_path / "run")
+    assert "Magnetisation" in jobs.report(tmp_path / "run").read_text()

@@ -21,7 +21,7 @@ from torch import Tensor
 from headwater.conditions import Conditions, InverseTemperature, NoCondition
 from headwater.environments.base import Environment, Objects
 from headwater.environments.graph import TooManyStates
-from headwater.evaluation import ExactDistribution, best_and_different
+from headwater.evaluation import ExactDistribution, ExactDraws, best_and_different
 from headwater.objectives import Objective
 from headwater.policies import EnvironmentPolicy, Network, Policy
 from headwater.policies.environment_policy import Backward
@@ -76,6 +76,14 @@ class Recipe(ABC):
 
     def exact_distribution(self) -> ExactDistribution | None:
         """The target distribution under the default condition, where the space is small enough to enumerate."""
+        return None
+
+    def exact_log_z(self) -> float | None:
+        """log Z under the default condition where it is known without an enumeration: by elimination, by quadrature."""
+        return None
+
+    def exact_draws(self) -> ExactDraws | None:
+        """Exact draws of the target where they can be had without an enumeration."""
         return None
 
     def given_states(self) -> Tensor | None:

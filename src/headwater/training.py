@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -25,10 +25,11 @@ from tqdm import tqdm
 from headwater.conditions import Conditions
 from headwater.objectives import Objective
 from headwater.policies.base import Exploration, Policy
+from headwater.policies.environment_policy import EnvironmentPolicy
 from headwater.replay import ReplaySettings
 from headwater.reward import Reward
 from headwater.runs import Checkpoint, Metrics, Run
-from headwater.search import InlineSearch
+from headwater.search import Explorer, InlineSearch, LocalSearch, Teacher, TeacherSettings, Thompson, ThompsonSettings
 from headwater.trajectories import Trajectories
 
 Evaluate = Callable[[Policy], Metrics]
@@ -50,6 +51,12 @@ class ExplorationSettings:
     """Search with an exponential moving average of the weights: its decay, such as 0.99; 0 searches with the weights
     themselves.
     """
+    local_search: LocalSearch = field(default_factory=LocalSearch)
+    """Back-and-forth local search from what was drawn."""
+    thompson: ThompsonSettings = field(default_factory=ThompsonSettings)
+    """Thompson sampling by bootstrapped heads."""
+    teacher: TeacherSettings = field(default_factory=TeacherSettings)
+    """The adaptive teacher."""
 
     def __post_init__(self) -> None:
         for name in ("epsilon", "epsilon_end", "decay"):
@@ -59,6 +66,20 @@ class ExplorationSettings:
             raise ValueError(f"average = {self.average}: must be at least 0 and below 1")
         if not self.temperature > 0:
             raise ValueError(f"temperature = {self.temperature}: must be positive")
+        if self.thompson.heads and (self.teacher.share or self.average):
+            other = "teacher.share" if self.teacher.share else "average"
+            raise ValueError(f"thompson.heads = {self.thompson.heads}: must be 0 where {other} says who draws")
+
+    def explorer(self, student: Policy) -> Explorer | None:
+        """Who draws in the place of `student`; None for the student itself. Raises ValueError for a policy that is not
+        over an environment."""
+        if not (self.thompson.heads or self.teacher.share or self.local_search.rounds):
+            return None
+        if not isinstance(student, EnvironmentPolicy):
+            raise ValueError("local search, Thompson sampling and the teacher need a policy over an environment")
+        if self.thompson.heads:
+            return Thompson(student, self.thompson)
+        return Teacher(student, self.teacher) if self.teacher.share else None
 
     def at(self, progress: float) -> Exploration:
         """The exploration after `progress`, the share of the run that is done."""
@@ -143,9 +164,12 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(seed)
         self.replay = (replay or ReplaySettings()).build() if training.replayed else None
         self.average = copy.deepcopy(policy).requires_grad_(False) if self.exploration.average else None
+        self.explorer = self.exploration.explorer(self.average or policy)
+        if given is not None and (self.explorer or self.exploration.local_search.rounds):
+            raise ValueError("given objects take the place of search: local_search, thompson and teacher must be off")
         self.search = InlineSearch(
             self.average or policy, reward, conditions, self.replay, self.generator, training.group_size,
-            objective.needs_step_rewards, given,
+            objective.needs_step_rewards, given, self.explorer, self.exploration.local_search,
         )  # fmt: skip
         self.optimizer = self._optimizer()
         self.iteration = 0
@@ -191,12 +215,16 @@ class Trainer:
         if not len(batch):  # every reward of this batch failed
             return {"iteration": self.iteration, "epsilon": exploration.epsilon}
         log_probs = self.policy.log_probs(batch)
-        loss = self.objective(log_probs, batch)
+        loss = total = self.objective(log_probs, batch)
+        if self.explorer is not None:
+            total = loss + self.explorer.loss(self.objective, log_probs, batch, self.generator)
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        total.backward()  # type: ignore[no-untyped-call]
         limit = self.training.clip_gradient or math.inf
-        gradient_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit)
-        if not (torch.isfinite(loss) and torch.isfinite(gradient_norm)):
+        gradient_norm = norms = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit)
+        if self.explorer is not None:
+            norms = norms + torch.nn.utils.clip_grad_norm_(self.explorer.own.parameters(), limit)
+        if not (torch.isfinite(total) and torch.isfinite(norms)):
             self._refuse(batch, loss, gradient_norm)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * self.training.rate(progress)
@@ -225,9 +253,11 @@ class Trainer:
         return self.search.with_step_rewards(walked) if self.search.step_rewards else walked
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        log_z = self.policy.log_z_parameters()
+        log_z, learnt = self.policy.log_z_parameters(), list(self.policy.parameters())
+        if self.explorer is not None:
+            log_z, learnt = log_z + self.explorer.log_z_parameters(), learnt + list(self.explorer.own.parameters())
         chosen = {id(parameter) for parameter in log_z}
-        rest = [p for p in self.policy.parameters() if p.requires_grad and id(p) not in chosen]
+        rest = [p for p in learnt if p.requires_grad and id(p) not in chosen]
         groups = [{"params": rest}] + ([{"params": log_z}] if log_z else [])
         self._rates = [self.training.learning_rate, self.training.log_z_learning_rate][: len(groups)]
         return torch.optim.Adam(groups, lr=self.training.learning_rate, fused=True)
@@ -294,6 +324,8 @@ class Trainer:
         }
         if self.average is not None:
             tensors["average"] = dict(self.average.state_dict())
+        if self.explorer is not None:
+            tensors["explorer"] = dict(self.explorer.own.state_dict())
         if self.replay is not None:
             tensors["replay"] = self.replay.state()
         state: dict[str, object] = {
@@ -311,6 +343,8 @@ class Trainer:
             self.policy.load_state_dict(checkpoint.tensors["policy"])
             if self.average is not None:
                 self.average.load_state_dict(checkpoint.tensors["average"])
+            if self.explorer is not None:
+                self.explorer.own.load_state_dict(checkpoint.tensors["explorer"])
             optimizer = self.optimizer.state_dict()
             optimizer["state"] = {}
             for key, value in checkpoint.tensors["optimizer"].items():

@@ -5,6 +5,7 @@ state flow.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from headwater.environments.base import Environment, Objects, identity
 from headwater.policies.base import NO_EXPLORATION, Exploration, LogProbs, Policy
 from headwater.policies.networks import Network
-from headwater.policies.rollout import Walk, walk_backward, walk_forward
+from headwater.policies.rollout import Walk, explored, walk_backward, walk_forward
 from headwater.trajectories import Trajectories
 
 Backward = Literal["uniform", "learned", "maximum-entropy", "tlm"]
@@ -71,6 +72,22 @@ class EnvironmentPolicy(Policy):
         exploration: Exploration = NO_EXPLORATION,
         generator: torch.Generator | None = None,
     ) -> Trajectories:
+        return self.sample_from(None, condition, exploration, generator)
+
+    def sample_from(
+        self,
+        states: Tensor | None,
+        condition: Tensor,
+        exploration: Exploration = NO_EXPLORATION,
+        generator: torch.Generator | None = None,
+        head: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    ) -> Trajectories:
+        """Trajectories from unfinished `states` (`[T, width]`) to exit, without the steps that led to these; None
+        starts at the initial state.
+
+        head: draws in the place of the policy's own forward head: (hidden `[n, network width]`, states `[n, width]`,
+        trajectory numbers `[n]`) -> logits over actions.
+        """
         condition = self._checked(condition)
         generator = generator or torch.default_generator
         with torch.no_grad():
@@ -78,9 +95,10 @@ class EnvironmentPolicy(Policy):
 
             def logits(states: Tensor, ids: Tensor) -> Tensor:
                 hidden = self.torso(self.environment.features(states), None if embedded is None else embedded[ids])
-                return self.heads(hidden)
+                return self.heads(hidden) if head is None else head(hidden, states, ids)
 
-            walk = walk_forward(self.environment, logits, len(condition), exploration, generator, condition.device)
+            count = len(condition)
+            walk = walk_forward(self.environment, logits, count, exploration, generator, condition.device, states)
         return self._trajectories(walk, condition)
 
     def sample_backward(self, trajectories: Trajectories, generator: torch.Generator | None = None) -> Trajectories:
@@ -110,8 +128,7 @@ class EnvironmentPolicy(Policy):
     def log_probs(self, trajectories: Trajectories) -> LogProbs:
         environment = self.environment
         states, actions = trajectories.steps["state"], trajectories.steps["action"]
-        embedded = self.embed_condition(trajectories.condition)[trajectories.index] if self.condition_size else None
-        output = self.heads(self.torso(environment.features(states), embedded)).float()
+        output = self.heads(self.hidden(trajectories)).float()
         forward_logits, backward_logits, flow = output.split(self.sizes, dim=1)
 
         forward = forward_logits.masked_fill(~environment.forward_mask(states), _NEVER).log_softmax(1)
@@ -130,6 +147,22 @@ class EnvironmentPolicy(Policy):
             log_exit=forward[:, environment.exit_action],
             auxiliary=auxiliary,
         )
+
+    def step_log_probs(self, trajectories: Trajectories, exploration: Exploration) -> tuple[Tensor, Tensor]:
+        """Of every step, without gradient: the log-probability of taking it under `exploration`, and log P_B of undoing
+        it, both `[S]`.
+        """
+        states, actions = trajectories.steps["state"], trajectories.steps["action"]
+        with torch.no_grad():
+            forward_logits, backward_logits, _ = self.heads(self.hidden(trajectories)).float().split(self.sizes, dim=1)
+            probability = explored(forward_logits, self.environment.forward_mask(states), exploration)
+            taken = probability.gather(1, actions[:, None])[:, 0].log()
+            return taken, self._log_backward(trajectories, backward_logits)
+
+    def hidden(self, trajectories: Trajectories) -> Tensor:
+        """What the torso makes of the state that each step leaves: `[S, network width]`."""
+        embedded = self.embed_condition(trajectories.condition)[trajectories.index] if self.condition_size else None
+        return self.torso(self.environment.features(trajectories.steps["state"]), embedded)
 
     def action_log_probs(self, states: Tensor, condition: Tensor) -> Tensor:
         """log P_F of every action in each of N states under one condition row `[1, C]`: `[N, n_actions]`, very low

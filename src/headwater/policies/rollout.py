@@ -49,9 +49,11 @@ def walk_forward(
     exploration: Exploration,
     generator: torch.Generator,
     device: torch.device | str = "cpu",
+    start: Tensor | None = None,
 ) -> Walk:
-    """Draw `count` trajectories from the initial state to exit."""
-    states = environment.initial(count).to(device)
+    """Draw `count` trajectories to exit, from the initial state or from the unfinished states `start` (`[count, width]`).
+    """
+    states = environment.initial(count).to(device) if start is None else start.clone().contiguous()
     walk = _native_forward if _is_native(environment, states) else _tensor_forward
     return walk(environment, logits, states, exploration, generator)
 
@@ -73,16 +75,19 @@ def _is_native(environment: Environment, states: Tensor) -> bool:
 
 def draw(logits: Tensor, mask: Tensor, uniform: Tensor, exploration: Exploration) -> tuple[Tensor, Tensor]:
     """Draw a legal action a row by inverse CDF: actions `[n]` int64 and their log-probabilities `[n]`."""
-    scaled = (logits / exploration.temperature).masked_fill(~mask, -torch.inf)
-    legal = mask.to(logits.dtype)
-    probability = (1 - exploration.epsilon) * scaled.softmax(1) + exploration.epsilon * legal / legal.sum(
-        1, keepdim=True
-    )
+    probability = explored(logits, mask, exploration)
     cumulative = probability.cumsum(1)
     actions = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(1)
     last_legal = mask.shape[1] - 1 - mask.flip(1).to(torch.int8).argmax(1)
     actions = torch.minimum(actions, last_legal)
     return actions, probability.gather(1, actions[:, None])[:, 0].log()
+
+
+def explored(logits: Tensor, mask: Tensor, exploration: Exploration) -> Tensor:
+    """Probability of every action under exploration, 0 where `mask` (bool) says illegal: all `[n, actions]`."""
+    scaled = (logits / exploration.temperature).masked_fill(~mask, -torch.inf)
+    legal = mask.to(logits.dtype)
+    return (1 - exploration.epsilon) * scaled.softmax(1) + exploration.epsilon * legal / legal.sum(1, keepdim=True)
 
 
 def _tensor_forward(

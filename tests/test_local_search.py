@@ -20,7 +20,7 @@ from headwater.evaluation import ExactDistribution
 from headwater.policies import NO_EXPLORATION, EnvironmentPolicy, Exploration
 from headwater.search import InlineSearch, LocalSearch
 from headwater.search.local import back_and_forth
-from headwater.trajectories import Trajectories
+from headwater.trajectories import Trajectories, rows_of
 from helpers import random_policy, same, seeded
 
 ENVIRONMENTS: dict[str, Environment] = {
@@ -73,9 +73,10 @@ def test_a_candidate_keeps_the_first_steps_of_a_path_to_the_old_object_and_is_a_
     is_exit = actions == environment.exit_action
     assert torch.equal(is_exit.nonzero()[:, 0], candidate.last)
     assert torch.equal(environment.step(states[~is_exit], actions[~is_exit]), states.roll(-1, 0)[~is_exit])
-    for old, new in zip(walked.split([1] * 200), candidate.split([1] * 200), strict=True):
-        kept = math.floor(len(old.steps["action"]) * 0.5 - 0.5)  # at most half of the steps go, rounded up
-        assert torch.equal(old.steps["action"][: max(kept, 0)], new.steps["action"][: max(kept, 0)])
+    old, new = (batch.steps["action"] for batch in (walked, candidate))
+    kept = (walked.lengths - (walked.lengths / 2).ceil().long() - 1).clamp(min=0)  # a forced exit besides half of all
+    assert int(kept.max()) > 0
+    assert torch.equal(old[rows_of(walked.starts, kept)], new[rows_of(candidate.starts, kept)])
     assert (candidate.identity != walked.identity).float().mean() > 0.2
 
 

@@ -51,8 +51,7 @@ def walk_forward(
     device: torch.device | str = "cpu",
     start: Tensor | None = None,
 ) -> Walk:
-    """Draw `count` trajectories to exit, from the initial state or from the unfinished states `start` (`[count, width]`).
-    """
+    """Draw `count` trajectories to exit, from the initial state or from unfinished states `start` `[count, width]`."""
     states = environment.initial(count).to(device) if start is None else start.clone().contiguous()
     walk = _native_forward if _is_native(environment, states) else _tensor_forward
     return walk(environment, logits, states, exploration, generator)

@@ -126,7 +126,7 @@ def after_rounds(policy: EnvironmentPolicy, start: Tensor, rounds: int, explorat
     for _ in range(rounds):
         walked, candidate, log_ratio = back_and_forth(policy, current, search.back, exploration, generator)
         candidate = candidate.with_log_reward(uneven_reward(policy.objects(candidate), candidate.condition))
-        current = search._moved(walked, candidate, log_ratio, generator)
+        current = search.moved(walked, candidate, log_ratio, generator)
     return policy.final_states(current)
 
 

@@ -225,7 +225,7 @@ class Trainer:
         if self.explorer is not None:
             norms = norms + torch.nn.utils.clip_grad_norm_(self.explorer.own.parameters(), limit)
         if not (torch.isfinite(total) and torch.isfinite(norms)):
-            self._refuse(batch, loss, gradient_norm)
+            self._refuse(batch, total, norms)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * self.training.rate(progress)
         self.optimizer.step()

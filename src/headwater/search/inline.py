@@ -45,11 +45,11 @@ class InlineSearch:
         """Draw `count` trajectories; the scored ones are returned and remembered, those whose reward failed are
         dropped.
         """
-        chains = self.local.chains(count)
+        chains = self.local.chains(count)  # all of them without local search
         scored = self.score(self.draw(chains, exploration))
         self.drawn += chains
         self.failed += chains - len(scored)
-        if self.local.rounds and len(scored):
+        if count > chains and len(scored):
             scored = Trajectories.concatenate([scored, self._searched(scored, count - chains, exploration)])
         if self.replay is not None:
             self.replay.add(scored.select(scored.log_reward.isfinite()))  # an infinite one is the loss's to refuse

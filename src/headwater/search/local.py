@@ -74,12 +74,15 @@ class LocalSearch:
             candidate = candidate.with_log_reward(reward(policy.objects(candidate), candidate.condition))
             found.append(candidate)
             count -= len(candidate)
-            current = self._moved(current, candidate, log_ratio, generator)
+            current = self.moved(current, candidate, log_ratio, generator)
         return Trajectories.concatenate(found)
 
-    def _moved(
+    def moved(
         self, current: Trajectories, candidate: Trajectories, log_ratio: Tensor, generator: torch.Generator
     ) -> Trajectories:
+        """Where the chains at `current` (`[T]`, scored) go on from when `candidate` is proposed, `log_ratio` as
+        `back_and_forth` gives it.
+        """
         gain = (candidate.log_reward - current.log_reward).double()  # NaN, of a reward that failed, is never accepted
         if self.accept == "greedy":
             accepted = gain > 0

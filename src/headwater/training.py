@@ -18,52 +18,21 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from headwater.conditions import Conditions
 from headwater.events import Events
 from headwater.objectives import Objective
-from headwater.policies.base import Exploration, Policy
+from headwater.policies.base import Policy
 from headwater.replay import ReplaySettings
 from headwater.reward import Reward, cache_of
 from headwater.runs import Checkpoint, Metrics, Run
+from headwater.search import ExplorationSettings as ExplorationSettings  # also found here, beside Training
 from headwater.search import InlineSearch
 from headwater.trajectories import Trajectories
 
 Evaluate = Callable[[Policy], Metrics]
-
-
-@dataclass(frozen=True)
-class ExplorationSettings:
-    """How the search departs from the policy while training."""
-
-    epsilon: float = 0.1
-    """Probability of a uniform legal action in the place of the policy's, at the start."""
-    epsilon_end: float = 0.0
-    """The same, after the decay."""
-    decay: float = 0.5
-    """Share of the run over which epsilon falls linearly."""
-    temperature: float = 1.0
-    """Temperature of the policy that searches; above 1 flattens it."""
-    average: float = 0.0
-    """Search with an exponential moving average of the weights: its decay, such as 0.99; 0 searches with the weights
-    themselves.
-    """
-
-    def __post_init__(self) -> None:
-        for name in ("epsilon", "epsilon_end", "decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must lie between 0 and 1")
-        if not 0 <= self.average < 1:
-            raise ValueError(f"average = {self.average}: must be at least 0 and below 1")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature = {self.temperature}: must be positive")
-
-    def at(self, progress: float) -> Exploration:
-        """The exploration after `progress`, the share of the run that is done."""
-        left = max(0.0, 1 - progress / self.decay) if self.decay else 0.0
-        return Exploration(self.epsilon_end + (self.epsilon - self.epsilon_end) * left, self.temperature)
 
 
 @dataclass(frozen=True)
@@ -143,9 +112,12 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(seed)
         self.replay = (replay or ReplaySettings()).build(policy.objects) if training.replayed else None
         self.average = copy.deepcopy(policy).requires_grad_(False) if self.exploration.average else None
+        self.explorer = self.exploration.explorer(self.average or policy)
+        if given is not None and (self.explorer or self.exploration.local_search.rounds):
+            raise ValueError("given objects take the place of search: local_search, thompson and teacher must be off")
         self.search = InlineSearch(
             self.average or policy, reward, conditions, self.replay, self.generator, training.group_size,
-            objective.needs_step_rewards, given,
+            objective.needs_step_rewards, given, self.explorer, self.exploration.local_search,
         )  # fmt: skip
         self.optimizer = self._optimizer()
         self.iteration = 0
@@ -191,12 +163,16 @@ class Trainer:
         if not len(batch):  # every reward of this batch failed
             return {"iteration": self.iteration, "epsilon": exploration.epsilon}
         log_probs = self.policy.log_probs(batch)
-        loss = self.objective(log_probs, batch)
+        loss = total = self.objective(log_probs, batch)
+        if self.explorer is not None:
+            total = loss + self.explorer.loss(self.objective, log_probs, batch, self.generator)
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        gradient_norm = self._clip_gradient()
-        if not (math.isfinite(gradient_norm) and math.isfinite(loss.item())):
-            self._refuse(batch, loss, gradient_norm)
+        total.backward()  # type: ignore[no-untyped-call]
+        gradient_norm = norms = self._clip_gradient(self.policy)
+        if self.explorer is not None:
+            norms += self._clip_gradient(self.explorer.own)
+        if not (math.isfinite(norms) and math.isfinite(total.item())):
+            self._refuse(batch, total, norms)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * self.training.rate(progress)
         self.optimizer.step()
@@ -224,9 +200,11 @@ class Trainer:
         return self.search.with_step_rewards(walked) if self.search.step_rewards else walked
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        log_z = self.policy.log_z_parameters()
+        log_z, learnt = self.policy.log_z_parameters(), list(self.policy.parameters())
+        if self.explorer is not None:
+            log_z, learnt = log_z + self.explorer.log_z_parameters(), learnt + list(self.explorer.own.parameters())
         chosen = {id(parameter) for parameter in log_z}
-        rest = [p for p in self.policy.parameters() if p.requires_grad and id(p) not in chosen]
+        rest = [p for p in learnt if p.requires_grad and id(p) not in chosen]
         groups = [{"params": rest}] + ([{"params": log_z}] if log_z else [])
         self._rates = [self.training.learning_rate, self.training.log_z_learning_rate][: len(groups)]
         return torch.optim.Adam(groups, lr=self.training.learning_rate, fused=True)
@@ -267,9 +245,11 @@ class Trainer:
         saved = cache.requested - cache.evaluated
         return {"reward_calls": self.calls_before + cache.evaluated, "reward_calls_saved": self.saved_before + saved}
 
-    def _clip_gradient(self) -> float:
-        """Scale the gradient down to the largest norm that is allowed; returns its norm before."""
-        gradients = [parameter.grad for parameter in self.policy.parameters() if parameter.grad is not None]
+    def _clip_gradient(self, module: nn.Module) -> float:
+        """Scale the gradient of a module down to the largest norm that is allowed; returns its norm before."""
+        gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+        if not gradients:  # of heads whose bootstrap left them nothing to learn from
+            return 0.0
         norm = torch.stack(torch._foreach_norm(gradients)).norm().item()
         limit = self.training.clip_gradient
         if limit and norm > limit and math.isfinite(norm):
@@ -307,6 +287,8 @@ class Trainer:
         }
         if self.average is not None:
             tensors["average"] = dict(self.average.state_dict())
+        if self.explorer is not None:
+            tensors["explorer"] = dict(self.explorer.own.state_dict())
         if self.replay is not None:
             tensors["replay"] = self.replay.state()
         state: dict[str, object] = {
@@ -324,6 +306,8 @@ class Trainer:
             self.policy.load_state_dict(checkpoint.tensors["policy"])
             if self.average is not None:
                 self.average.load_state_dict(checkpoint.tensors["average"])
+            if self.explorer is not None:
+                self.explorer.own.load_state_dict(checkpoint.tensors["explorer"])
             optimizer = self.optimizer.state_dict()
             optimizer["state"] = {}
             for key, value in checkpoint.tensors["optimizer"].items():

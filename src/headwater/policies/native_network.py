@@ -23,7 +23,7 @@ them once for all rows.
 
 
 class NativeNetwork(NamedTuple):
-    """The weights, inputs before outputs but in the heads, and what each trajectory's condition adds to the first layer.
+    """Weights, inputs before outputs but in the heads, and what each trajectory's condition adds to the first layer.
 
     offsets int32 `[length]`, table `[inputs, width]`, bias `[width]`, hidden `[layers - 1, width, width]`, hidden_bias
     `[layers - 1, width]`, heads `[outputs, width]`, heads_bias `[outputs]`, condition `[T, width]` or `[0, width]`; all

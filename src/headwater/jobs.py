@@ -73,6 +73,7 @@ def _train(recipe: Recipe, run: Run, progress_bar: bool) -> Trainer:
     trainer = Trainer(
         problem.policy, problem.reward, problem.conditions, recipe.objective, recipe.training, recipe.exploration,
         recipe.replay, recipe.seed, run, _quick_evaluation(recipe), recipe.given_states(),
+        recipe.search,
     )  # fmt: skip
     checkpoint = run.latest_checkpoint()
     run.forget_metrics_after(checkpoint.iteration if checkpoint else 0)

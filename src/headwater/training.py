@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from headwater.policies.base import Exploration, Policy
 from headwater.replay import ReplaySettings
 from headwater.reward import Reward
 from headwater.runs import Checkpoint, Metrics, Run
-from headwater.search import InlineSearch
+from headwater.search import Searcher, SearchSettings, build_search
 from headwater.trajectories import Trajectories
 
 Evaluate = Callable[[Policy], Metrics]
@@ -136,6 +136,7 @@ class Trainer:
         run: Run | None = None,
         evaluate: Evaluate | None = None,
         given: Tensor | None = None,
+        search: SearchSettings | None = None,
     ) -> None:
         self.policy, self.objective, self.training = policy, objective, training
         self.exploration = exploration or ExplorationSettings()
@@ -143,10 +144,10 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(seed)
         self.replay = (replay or ReplaySettings()).build() if training.replayed else None
         self.average = copy.deepcopy(policy).requires_grad_(False) if self.exploration.average else None
-        self.search = InlineSearch(
-            self.average or policy, reward, conditions, self.replay, self.generator, training.group_size,
-            objective.needs_step_rewards, given,
-        )  # fmt: skip
+        searcher = Searcher(
+            self.average or policy, reward, conditions, training.group_size, objective.needs_step_rewards, given
+        )
+        self.search = build_search(search or SearchSettings(), searcher, self.replay, self.generator)
         self.optimizer = self._optimizer()
         self.iteration = 0
         self.seconds = 0.0
@@ -165,7 +166,7 @@ class Trainer:
         Raises NonFiniteLoss after writing the batch down; the checkpoint before it stays.
         """
         log = _Log(self.run_folder, self.training.iterations, self.iteration, progress_bar)
-        with self._interruptible(), log:
+        with self._interruptible(), closing(self.search), log:
             while self.iteration < self.training.iterations and not self.interrupted:
                 began = time.perf_counter()
                 metrics = self.update()
@@ -203,6 +204,7 @@ class Trainer:
         self.optimizer.step()
         self.policy.version += 1
         self._move_average()
+        self.search.publish()
         if not self._is_reported:
             return {}
         return {
@@ -222,7 +224,7 @@ class Trainer:
         if not self.training.replay_backward:
             return replayed
         walked = self.policy.sample_backward(replayed, self.generator)
-        return self.search.with_step_rewards(walked) if self.search.step_rewards else walked
+        return self.search.searcher.with_step_rewards(walked) if self.search.searcher.step_rewards else walked
 
     def _optimizer(self) -> torch.optim.Optimizer:
         log_z = self.policy.log_z_parameters()
@@ -258,12 +260,13 @@ class Trainer:
             "seconds": self.seconds,
             "failed": self.search.failed,
             "reward_calls": self._reward_calls(),
+            **self.search.metrics(),
         }
 
     def _reward_calls(self) -> int:
         """Objects that the reward was really asked for, before and after a resume."""
-        evaluated = getattr(self.search.reward, "evaluated", None)
-        return self.search.drawn if evaluated is None else self.calls_before + int(evaluated)
+        evaluated = self.search.evaluated
+        return self.search.drawn if evaluated is None else self.calls_before + evaluated
 
     def _refuse(self, batch: Trajectories, loss: Tensor, gradient_norm: Tensor) -> None:
         where = ""
@@ -282,6 +285,7 @@ class Trainer:
             self.run_folder.save_checkpoint(self.checkpoint())
 
     def checkpoint(self) -> Checkpoint:
+        search = self.search.state()  # first: it puts what has arrived into the replay and the counts
         optimizer = self.optimizer.state_dict()
         tensors = {
             "policy": dict(self.policy.state_dict()),
@@ -296,6 +300,8 @@ class Trainer:
             tensors["average"] = dict(self.average.state_dict())
         if self.replay is not None:
             tensors["replay"] = self.replay.state()
+        if search:
+            tensors["search"] = search
         state: dict[str, object] = {
             "version": self.policy.version,
             "drawn": self.search.drawn,
@@ -320,6 +326,7 @@ class Trainer:
             self.generator.set_state(checkpoint.tensors["random"]["generator"])
             if self.replay is not None:
                 self.replay.load_state(checkpoint.tensors["replay"])
+            self.search.load_state(checkpoint.tensors.get("search", {}))
             self.search.drawn, self.search.failed = (
                 int(str(checkpoint.state["drawn"])),
                 int(str(checkpoint.state["failed"])),

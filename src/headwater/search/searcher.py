@@ -1,0 +1,97 @@
+"""One search: draw with a policy, score with a reward. It keeps nothing and knows no replay, so it runs in the
+learner's process or in any other just the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from headwater.conditions import Conditions
+from headwater.objectives import STEP_REWARD
+from headwater.policies.base import Exploration, Policy
+from headwater.policies.environment_policy import EnvironmentPolicy
+from headwater.reward import Reward
+from headwater.trajectories import Trajectories
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What one search came to.
+
+    trajectories: those that the reward could score; an infinite log-reward is the loss's to refuse.
+    drawn, failed: how many were drawn, and how many of them were dropped since their reward failed.
+    """
+
+    trajectories: Trajectories
+    drawn: int
+    failed: int
+
+
+@dataclass
+class Searcher:
+    """Draws with `policy` and scores with `reward`.
+
+    group_size: how many trajectories share one condition. step_rewards: also score every state on the way, for the
+    objectives that ask for it. given: final states `[N, width]` of objects to walk back from, in the place of drawing
+    new ones. origin: who searches, for a reward that keeps a table of what it has scored.
+    """
+
+    policy: Policy
+    reward: Reward
+    conditions: Conditions
+    group_size: int = 1
+    step_rewards: bool = False
+    given: Tensor | None = None
+    origin: str = "learner"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the policy's weights are."""
+        return next((parameter.device for parameter in self.policy.parameters()), torch.device("cpu"))
+
+    def collect(self, count: int, exploration: Exploration, generator: torch.Generator) -> Drawn:
+        """Draw and score `count` trajectories; every random number comes from `generator`."""
+        sign(self.reward, self.origin, self.policy.version)
+        scored = self.score(self.draw(count, exploration, generator))
+        return Drawn(scored, count, count - len(scored))
+
+    def draw(self, count: int, exploration: Exploration, generator: torch.Generator) -> Trajectories:
+        """`count` trajectories, not yet scored."""
+        condition = self.conditions.draw(count, self.group_size, generator)
+        if self.given is None:
+            return self.policy.sample(condition, exploration, generator)
+        if not isinstance(self.policy, EnvironmentPolicy):
+            raise ValueError("learning from given objects needs a policy over an environment")
+        chosen = torch.randint(len(self.given), (count,), generator=generator)
+        return self.policy.sample_to(self.given[chosen], condition, generator)
+
+    def score(self, drawn: Trajectories) -> Trajectories:
+        """Give the trajectories their log-rewards and drop those whose reward failed."""
+        scored = drawn.with_log_reward(self.reward(self.policy.objects(drawn), drawn.condition))
+        failed = scored.log_reward.isnan()
+        if failed.any():
+            scored = scored.select(~failed)
+        return self.with_step_rewards(scored) if self.step_rewards else scored
+
+    def with_step_rewards(self, batch: Trajectories) -> Trajectories:
+        """Score every state on the way, as if it were finished there; trajectories where one fails are dropped."""
+        if not isinstance(self.policy, EnvironmentPolicy):
+            raise ValueError("rewards of states on the way need a policy over an environment")
+        objects = self.policy.environment.objects(batch.steps["state"])
+        step_reward = self.reward(objects, batch.condition[batch.index])
+        scored = replace(batch, steps={**batch.steps, STEP_REWARD: step_reward})
+        failed = batch.sum(step_reward.isnan().int()) > 0
+        return scored.select(~failed) if failed.any() else scored
+
+
+def sign(reward: Reward, origin: str, iteration: int) -> None:
+    """Tell a reward that keeps a table of objects, or any reward that it wraps, who asks and after how many updates."""
+    layer: object | None = reward
+    while layer is not None:
+        for keeper in (layer, getattr(layer, "table", None)):
+            if hasattr(keeper, "origin") and hasattr(keeper, "iteration"):
+                keeper.origin, keeper.iteration = origin, iteration
+        layer = getattr(layer, "reward", None) or getattr(layer, "_reward", None)

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from headwater import __version__, jobs
 from headwater.recipes import EnvironmentRecipe, available, find
 from headwater.runs import Run
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(error), 2)
     except KeyboardInterrupt:
         _fail("stopped at once, without a new checkpoint", 130)
-    except RuntimeError as error:
+    except (RuntimeError, OSError, SafetensorError) as error:  # such as a full disk
         _fail(str(error), 1)
 
 

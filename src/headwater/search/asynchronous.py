@@ -220,6 +220,7 @@ class AsynchronousSearch(Search):
             self._runtime = None
             for searcher in self.ledger.searchers:
                 self.ledger.leave(searcher)
+            self._places.clear()
             self._troubles.clear()
 
     def _start(self) -> None:
@@ -295,6 +296,8 @@ class AsynchronousSearch(Search):
 
     def _replace(self, ended: Ended) -> None:
         """Let another searcher take the place of one that ended. Raises SearchError if that has not helped so far."""
+        if ended.searcher not in self._places:  # told twice
+            return
         place = self._places.pop(ended.searcher)
         self.ledger.leave(ended.searcher)
         self.restarts += 1

@@ -113,6 +113,23 @@ def test_no_more_leases_are_out_than_the_staleness_allows() -> None:
     assert len(hands[0].started) == 3
 
 
+@pytest.mark.parametrize("slow", ["search", "learner"])
+def test_searchers_are_two_batches_ahead_only_of_a_learner_that_they_would_have_to_wait_for(slow: str) -> None:
+    def answer(hand: Hand, searcher: int, lease: Lease) -> list[Event]:
+        time.sleep(0.03 * (slow == "search"))
+        return [hand.deliver(searcher, lease)]
+
+    search, _ = make(answer, processes=3)
+    learn(search)
+    search.metrics()
+    for _ in range(30):
+        batch = learn(search)
+        time.sleep(0.01 * (slow == "learner"))
+    assert search.ledger.ahead == (3 if slow == "search" else 6)
+    staleness = search.ledger.version - 1 - int(batch.version[0])
+    assert staleness <= 2 if slow == "search" else 2 < staleness <= 5
+
+
 def test_a_delivery_that_comes_twice_is_applied_once() -> None:
     search, _ = make(lambda hand, searcher, lease: [hand.deliver(searcher, lease)] * 3)
     for _ in range(5):

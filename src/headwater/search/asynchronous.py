@@ -27,6 +27,8 @@ from headwater.trajectories import Trajectories
 _log = logging.getLogger(__name__)
 
 _DEATHS_EACH = 3  # searchers that end one after the other, for each that there should be, with nothing delivered
+_WORTH_STALENESS = 0.05  # share of a batch's search time that an update must take for searchers not to wait for it
+_MEMORY = 0.9  # of the mean times of an update and of waiting
 _WATCH = 0.5  # seconds between two looks at who is overdue
 _DRAIN_LIMIT = 10.0  # seconds that a delivery which has begun may take to arrive whole
 
@@ -121,7 +123,7 @@ class AsynchronousSearch(Search):
         super().__init__(searcher, replay)
         self.settings = settings
         seed = int(torch.randint(2**62, (), generator=generator))
-        self.ledger = Ledger(min(LEASES_EACH * settings.processes, settings.staleness + 1), settings.staleness, seed)
+        self.ledger = Ledger(min(settings.processes, settings.staleness + 1), settings.staleness, seed)
         self.restarts = 0
         self._make_runtime = runtime
         self._runtime: Runtime | None = None
@@ -131,6 +133,8 @@ class AsynchronousSearch(Search):
         self._evaluated = 0
         self._deaths_in_a_row = 0
         self._wanted: tuple[int, Exploration] | None = None
+        self._learning = self._waiting = 0.0
+        self._handed_out: float | None = None
         self._window = _Window(time.monotonic())
 
     @property
@@ -145,12 +149,12 @@ class AsynchronousSearch(Search):
         self._wanted = count, exploration
         self.ledger.learnt()
         self._start()
-        self._listen(0)
         began = time.monotonic()
+        self._listen(0)
         while (fresh := self._next_fresh()) is None:
             self._issue()
             self._listen(_WATCH)
-        self._window.learner_idle += time.monotonic() - began
+        self._pace(began, time.monotonic())
         self._window.updates += 1
         return fresh.to(self.searcher.device)
 
@@ -247,6 +251,23 @@ class AsynchronousSearch(Search):
             return
         while (issued := self.ledger.issue(*self._wanted, time.monotonic())) is not None:
             self._runtime.lease(*issued)
+
+    def _pace(self, began: float, now: float) -> None:
+        """Choose how far ahead searchers may be: the learner waited from `began` to `now`.
+
+        With one lease each, a searcher that has delivered waits until the learner has learnt from it: the least
+        staleness there is. Where an update takes a good part of the time that drawing and scoring a batch take, that
+        would cost speed, so each gets a second lease to go on with.
+        """
+        self._window.learner_idle += now - began
+        if self._handed_out is not None:
+            self._learning = _MEMORY * self._learning + (1 - _MEMORY) * (began - self._handed_out)
+            self._waiting = _MEMORY * self._waiting + (1 - _MEMORY) * (now - began)
+        self._handed_out = now
+        places = self.settings.processes
+        searching = places * (self._learning + self._waiting)  # each of them delivers once in as many updates
+        each = LEASES_EACH if self._learning > _WORTH_STALENESS * searching else 1
+        self.ledger.ahead = min(each * places, self.settings.staleness + 1)
 
     def _next_fresh(self) -> Trajectories | None:
         while self._fresh:

@@ -69,8 +69,8 @@ class _Account:
 class Ledger:
     """Leases out and settled, deliveries applied once, staleness within its bound.
 
-    ahead: most leases that are out, waiting for the learner or in its hand. staleness: most updates that a batch may be
-    behind when the learner gets it. seed: the first of the leases' seeds.
+    ahead: most leases that are out, waiting for the learner or in its hand; it may be changed. staleness: most updates
+    that a batch may be behind when the learner gets it. seed: the first of the leases' seeds.
 
     version: updates that the published weights have seen. waiting: batches delivered, not handed out yet. late:
     batches that were too stale to be handed out. surplus: batches that came for a lease that another searcher had.

@@ -60,28 +60,28 @@ class _Worker:
 
     def end(self) -> int:
         """End it and all that its reward has started, if it has not ended by itself; returns its exit status."""
+        self.connection.close()
+        try:
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:  # long gone: the number may be somebody else's by now
+            return 0
         for kill in (os.killpg, os.kill):  # its group is not there yet in its first moments
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 kill(self.pid, signal.SIGKILL)
-        self.connection.close()
-        try:
-            return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        except ChildProcessError:
-            return 0
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
 class Processes:
     """The `Runtime` of worker processes."""
 
     def __init__(self, searcher: Searcher) -> None:
-        self._policy = searcher.policy
+        self._parameters = dict(searcher.drawing.state_dict())
         if searcher.device.type != "cpu":
             searcher = replace(searcher, policy=copy.deepcopy(searcher.policy).to("cpu"))
         self._searcher = searcher
-        self._parameters = dict(self._policy.state_dict())
         self._weights = SharedWeights(self._parameters)
         self._workers: dict[int, _Worker] = {}
-        self._end_all = weakref.finalize(self, _end_all, self._workers)
+        self._end_all = weakref.finalize(self, _end_all, self._workers, os.getpid())
         # One draw here compiles the native code that every worker then has from the start.
         searcher.draw(1, NO_EXPLORATION, torch.Generator().manual_seed(0))
 
@@ -172,8 +172,8 @@ class Processes:
         )
 
 
-def _end_all(workers: dict[int, _Worker]) -> None:
-    while workers:
+def _end_all(workers: dict[int, _Worker], owner: int) -> None:
+    while workers and os.getpid() == owner:  # a fork has a copy of this, and no say in it
         workers.popitem()[1].end()
 
 

@@ -45,7 +45,12 @@ class Searcher:
     group_size: int = 1
     step_rewards: bool = False
     given: Tensor | None = None
-    origin: str = "learner"
+    origin: str = "inline"
+
+    @property
+    def drawing(self) -> Policy:
+        """What draws: all that a searcher in another process must have the newest weights of."""
+        return self.policy
 
     @property
     def device(self) -> torch.device:
@@ -62,7 +67,7 @@ class Searcher:
         """`count` trajectories, not yet scored."""
         condition = self.conditions.draw(count, self.group_size, generator)
         if self.given is None:
-            return self.policy.sample(condition, exploration, generator)
+            return self.drawing.sample(condition, exploration, generator)
         if not isinstance(self.policy, EnvironmentPolicy):
             raise ValueError("learning from given objects needs a policy over an environment")
         chosen = torch.randint(len(self.given), (count,), generator=generator)

@@ -38,7 +38,7 @@ def live(searcher: Searcher, weights: SharedWeights, connection: socket.socket, 
 
 
 def _search(searcher: Searcher, weights: SharedWeights, connection: socket.socket) -> None:
-    parameters, generator, sequence = dict(searcher.policy.state_dict()), torch.Generator(), 0
+    parameters, generator, sequence = dict(searcher.drawing.state_dict()), torch.Generator(), 0
     known, ready = _evaluated(searcher), time.monotonic()
     while (received := frames.receive(connection)) is not None:
         lease, _ = received

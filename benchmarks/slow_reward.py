@@ -4,7 +4,7 @@ The reward sleeps, as one that waits for a laboratory's server or another progra
 is a hypergrid of 144 cells, so the distance from it is exact. Weights are kept as training goes on, and measured when
 it is over: the clock runs for searching and learning alone.
 
-    python benchmarks/slow_reward.py --seeds 0 1 2     # about 12 minutes; seeds run side by side
+    python benchmarks/slow_reward.py --seeds 0 1 2     # about 12 minutes, measured on two shared cores; seeds run side by side
 """
 
 from __future__ import annotations
@@ -116,11 +116,12 @@ def side_by_side(options: argparse.Namespace) -> list[dict[str, object]]:
     return runs
 
 
-def write(runs: list[dict[str, object]], options: argparse.Namespace) -> None:
+def write(runs: list[dict[str, object]], options: argparse.Namespace, made: dict[str, object]) -> None:
+    """JSON, table and curves into `RESULTS`; `made` says where, when and with what the runs were made."""
     RESULTS.mkdir(exist_ok=True)
     content = {
         "settings": vars(options) | {"side": SIDE, "r0": R0, "batch": BATCH, "replayed": REPLAYED, "quality": QUALITY},
-        **provenance(["python", *sys.argv], 0),
+        **made,
         "runs": runs,
     }
     (RESULTS / "slow_reward.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -149,7 +150,7 @@ def write(runs: list[dict[str, object]], options: argparse.Namespace) -> None:
     title = f"Exact total variation by wall-clock time, {1000 * options.delay:g} ms an object"
     svg = line_figure(curves, x_label="seconds", title=title, log_y=True, size=(6.4, 3.6))
     (RESULTS / "slow_reward.svg").write_text(svg + "\n")
-    hardware = content["hardware"]
+    hardware, versions = content["hardware"], ", ".join(f"{name} {is_}" for name, is_ in content["versions"].items())
     text = f"""# A reward of {1000 * options.delay:g} ms an object
 
     {" ".join(["python", *sys.argv])}
@@ -169,7 +170,7 @@ more workers than cores help here; one that computes does not have that.
 
 ![The curves](slow_reward.svg)
 
-{hardware["cpu"]}, {hardware["cores"]} cores, shared with other work; {content["versions"]}; {content["started"]}.
+{hardware["cpu"]}, {hardware["cores"]} cores, shared with other work; {versions}; {content["started"]}.
 """  # type: ignore[index]
     (RESULTS / "slow_reward.md").write_text(text)
 
@@ -191,7 +192,8 @@ def main() -> None:
         print(json.dumps(measure(options.one, options.delay, options.iterations, options.seeds[0], options.every)))
         return
     del options.one
-    write(side_by_side(options), options)
+    made = provenance(["python", *sys.argv], 0)
+    write(side_by_side(options), options, made)
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def test_one_worker_that_may_not_be_stale_gives_the_same_run_every_time() -> Non
         made = trainer(search=SearchSettings(processes=1, staleness=0))
         made.run(progress_bar=False)
         ends.append(made.policy.state_dict())
-        assert made.search.drawn == 30 * 8
+        assert made.search.drawn in (30 * 8, 31 * 8)  # one more was under way when the run ended
     assert all(ends[0][name].equal(ends[1][name]) for name in ends[0])
 
 
@@ -280,13 +280,18 @@ def test_each_worker_runs_a_reward_with_a_timeout_in_a_process_of_its_own(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     reward = FunctionReward(who_scores, timeout=30)
-    made = trainer(CachedReward(reward, 1))
-    for _ in range(12):
-        made.update()
+    made = trainer(CachedReward(reward, 1), training=replace(LOOP, iterations=10_000))
+    made.update()
     pids = workers(made)
+    scored: set[tuple[int, ...]] = set()
+
+    def both_have_scored() -> bool:
+        made.update()
+        scored.update(tuple(map(int, line.split())) for line in Path("who").read_text().splitlines())
+        return {parent for _, parent in scored} == set(pids)
+
+    assert eventually(both_have_scored, 60)
     calls = made._reward_calls()
-    scored = {tuple(map(int, line.split())) for line in Path("who").read_text().splitlines()}
-    assert {parent for _, parent in scored} == set(pids)
     assert len({pid for pid, _ in scored}) == 2
     assert 0 < calls <= made.search.drawn
     made.search.close()

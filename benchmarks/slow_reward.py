@@ -4,7 +4,7 @@ The reward sleeps, as one that waits for a laboratory's server or another progra
 is a hypergrid of 144 cells, so the distance from it is exact. Weights are kept as training goes on, and measured when
 it is over: the clock runs for searching and learning alone.
 
-    python benchmarks/slow_reward.py --seeds 0 1 2     # about 12 minutes, measured on two shared cores; seeds run side by side
+    python benchmarks/slow_reward.py --seeds 0 1 2     # about 12 minutes; seeds run side by side
 """
 
 from __future__ import annotations

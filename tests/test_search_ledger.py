@@ -11,7 +11,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from headwater.policies.base import NO_EXPLORATION
 from headwater.search.ledger import LEASES_EACH, Lease, Ledger, Verdict
 
-AHEAD, STALENESS = 5, 3
+AHEAD, STALENESS = 5, 1
 
 
 class Anything(RuleBasedStateMachine):

@@ -337,8 +337,12 @@ def test_workers_end_when_the_learner_is_killed(tmp_path: Path) -> None:
     assert len(pids) == 4
     assert all(map(is_running, pids))
     learner.kill()
-    learner.communicate()
-    assert eventually(lambda: not any(map(is_running, pids)), 5)
+    learner.wait()
+    learner.stdout.close()
+    ended = eventually(lambda: not any(map(is_running, pids)), 5)
+    for pid in filter(is_running, pids):
+        os.kill(pid, signal.SIGKILL)
+    assert ended
 
 
 def test_a_stopped_run_goes_on_where_it_was_with_nothing_lost(tmp_path: Path) -> None:

@@ -300,6 +300,51 @@ def test_each_worker_runs_a_reward_with_a_timeout_in_a_process_of_its_own(
     reward.close()
 
 
+class Table:
+    """What a reward may keep of the objects that it scored, written down late."""
+
+    origin, iteration = "", -1
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.seen = path, list[str]()
+
+    def flush(self) -> None:
+        with self.path.open("a") as file:
+            file.writelines(f"{line}\n" for line in self.seen)
+
+
+class Kept:
+    """A reward that keeps a table, inside others that do not."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+
+    def __call__(self, objects: Objects, condition: Tensor) -> Tensor:
+        self.table.seen.append(f"{self.table.origin}, {self.table.iteration}, {len(objects)}")
+        return GRID(objects, condition)
+
+
+class Wrapped:
+    """A reward around another."""
+
+    def __init__(self, reward: Reward) -> None:
+        self.reward = reward
+
+    def __call__(self, objects: Objects, condition: Tensor) -> Tensor:
+        return self.reward(objects, condition)
+
+
+def test_a_table_of_scored_objects_knows_who_asked_and_is_whole_when_the_run_ends(tmp_path: Path) -> None:
+    made = trainer(Wrapped(Kept(Table(tmp_path / "table"))))
+    made.run(progress_bar=False)
+    rows = [line.split(", ") for line in (tmp_path / "table").read_text().splitlines()]
+    assert {origin for origin, _, _ in rows} <= {"worker 0", "worker 1"}
+    versions = [int(version) for _, version, _ in rows]
+    assert min(versions) == 0
+    assert 20 < max(versions) <= 30
+    assert sum(int(count) for _, _, count in rows) >= made.search.drawn >= 30 * 8
+
+
 def test_no_process_is_left_when_a_run_has_ended_or_failed() -> None:
     made = trainer()
     made.update()

@@ -11,6 +11,7 @@ import select
 import signal
 import socket
 import sys
+import time
 import traceback
 import warnings
 import weakref
@@ -32,6 +33,7 @@ from headwater.search.weights import SharedWeights
 from headwater.trajectories import Trajectories
 
 _PIECE = 1 << 20
+_GRACE = 0.5  # seconds that workers have to end by themselves
 
 
 def process_search(
@@ -173,7 +175,17 @@ class Processes:
 
 
 def _end_all(workers: dict[int, _Worker], owner: int) -> None:
-    while workers and os.getpid() == owner:  # a fork has a copy of this, and no say in it
+    """Let the workers find that the learner is gone, which lets those that are not busy for long end in order; then end
+    the others.
+    """
+    if os.getpid() != owner:  # a fork has a copy of this, and no say in it
+        return
+    for each in workers.values():
+        each.connection.close()
+    deadline = time.monotonic() + _GRACE
+    while time.monotonic() < deadline and not all(each.has_ended() for each in workers.values()):
+        time.sleep(0.005)
+    while workers:
         workers.popitem()[1].end()
 
 

@@ -4,7 +4,9 @@ learner's process or in any other just the same.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -92,11 +94,27 @@ class Searcher:
         return scored.select(~failed) if failed.any() else scored
 
 
-def sign(reward: Reward, origin: str, iteration: int) -> None:
-    """Tell a reward that keeps a table of objects, or any reward that it wraps, who asks and after how many updates."""
-    layer: object | None = reward
+class Keeper(Protocol):
+    """What keeps a table of the objects that were scored, with who asked and after how many updates."""
+
+    origin: str
+    iteration: int
+
+    def flush(self) -> None:
+        """Write down what is not yet written."""
+
+
+def keepers(reward: Reward) -> Iterator[Keeper]:
+    """What keeps scored objects in a reward, or in any reward that it wraps."""
+    layer: object = reward
     while layer is not None:
-        for keeper in (layer, getattr(layer, "table", None)):
-            if hasattr(keeper, "origin") and hasattr(keeper, "iteration"):
-                keeper.origin, keeper.iteration = origin, iteration
+        for each in (layer, getattr(layer, "table", None)):
+            if hasattr(each, "origin") and hasattr(each, "iteration") and hasattr(each, "flush"):
+                yield cast("Keeper", each)
         layer = getattr(layer, "reward", None) or getattr(layer, "_reward", None)
+
+
+def sign(reward: Reward, origin: str, iteration: int) -> None:
+    """Tell whatever keeps scored objects who asks, and after how many updates."""
+    for keeper in keepers(reward):
+        keeper.origin, keeper.iteration = origin, iteration

@@ -21,7 +21,7 @@ from safetensors.torch import save
 
 from headwater.policies.base import Exploration
 from headwater.search import frames
-from headwater.search.searcher import Searcher
+from headwater.search.searcher import Searcher, keepers
 from headwater.search.weights import SharedWeights
 
 _PR_SET_PDEATHSIG = 1
@@ -32,6 +32,8 @@ def live(searcher: Searcher, weights: SharedWeights, connection: socket.socket, 
     _settle(seed, parent)
     with contextlib.suppress(ConnectionError):  # the learner is gone: so is the work
         _search(searcher, weights, connection)
+    for keeper in keepers(searcher.reward):
+        keeper.flush()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

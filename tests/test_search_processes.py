@@ -176,7 +176,8 @@ def test_a_worker_killed_while_it_delivers_leaves_nothing_half(caplog: pytest.Lo
     made.search._wanted = 20_000, made.exploration.at(0)  # type: ignore[attr-defined]
     made.search._start()  # type: ignore[attr-defined]
     (worker,) = runtime(made)._workers.values()
-    assert select.select([worker.connection], [], [], 60)[0]  # it has begun, and soon fills the socket
+    assert select.select([worker.connection], [], [], 60)[0]
+    os.kill(worker.pid, signal.SIGSTOP)  # it has begun, and what it delivers is larger than what a socket holds
     assert runtime(made).wait(0) == []
     assert runtime(made).is_receiving()
     os.kill(worker.pid, signal.SIGKILL)

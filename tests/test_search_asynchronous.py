@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
@@ -114,17 +115,20 @@ def test_no_more_leases_are_out_than_the_staleness_allows() -> None:
 
 
 @pytest.mark.parametrize("slow", ["search", "learner"])
-def test_searchers_are_two_batches_ahead_only_of_a_learner_that_they_would_have_to_wait_for(slow: str) -> None:
+def test_searchers_are_two_batches_ahead_only_of_a_learner_that_they_would_have_to_wait_for(
+    slow: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("headwater.search.asynchronous.time", SimpleNamespace(monotonic=lambda: clock[0]))
+
     def answer(hand: Hand, searcher: int, lease: Lease) -> list[Event]:
-        time.sleep(0.03 * (slow == "search"))
+        clock[0] += 1.0
         return [hand.deliver(searcher, lease)]
 
     search, _ = make(answer, processes=3)
-    learn(search)
-    search.metrics()
     for _ in range(30):
         batch = learn(search)
-        time.sleep(0.01 * (slow == "learner"))
+        clock[0] += 0.1 if slow == "search" else 1.0
     assert search.ledger.ahead == (3 if slow == "search" else 6)
     staleness = search.ledger.version - 1 - int(batch.version[0])
     assert staleness <= 2 if slow == "search" else 2 < staleness <= 5

@@ -18,7 +18,8 @@ from headwater.environments.sets import Sets
 from headwater.environments.slots import Slots
 from headwater.evaluation import ExactDistribution
 from headwater.policies import NO_EXPLORATION, EnvironmentPolicy, Exploration
-from headwater.search import InlineSearch, LocalSearch
+from headwater.reward import Reward
+from headwater.search import InlineSearch, LocalSearch, Searcher
 from headwater.search.local import back_and_forth
 from headwater.trajectories import Trajectories, rows_of
 from helpers import random_policy, same, seeded
@@ -166,11 +167,10 @@ def test_greedy_chains_never_move_to_a_worse_object_and_learn_from_all_candidate
     assert proposals_from_best > start.log_reward.mean() + 0.2
 
 
-def grid_search(local: LocalSearch, reward: object = None, step_rewards: bool = False) -> InlineSearch:
-    policy = random_policy(Hypergrid(2, 6))
-    return InlineSearch(
-        policy, reward or HypergridReward(6), NoCondition(), None, seeded(10), step_rewards=step_rewards, local=local
-    )
+def grid_search(local: LocalSearch, reward: Reward | None = None, step_rewards: bool = False) -> InlineSearch:
+    policy, reward = random_policy(Hypergrid(2, 6)), reward or HypergridReward(6)
+    searcher = Searcher(policy, reward, NoCondition(), step_rewards=step_rewards, local=local)
+    return InlineSearch(searcher, None, seeded(10))
 
 
 @pytest.mark.parametrize(("count", "rounds"), [(16, 0), (16, 3), (10, 3), (1, 2), (5, 10)])
@@ -179,7 +179,7 @@ def test_an_iteration_has_as_many_trajectories_with_local_search_as_without(coun
     batch = search.collect(count, NO_EXPLORATION)
     assert len(batch) == search.drawn == count
     assert torch.isfinite(batch.log_reward).all()
-    assert torch.equal(batch.log_reward, HypergridReward(6)(search.policy.objects(batch), batch.condition))
+    assert torch.equal(batch.log_reward, HypergridReward(6)(search.searcher.policy.objects(batch), batch.condition))
 
 
 def test_candidates_whose_reward_fails_are_counted_and_no_chain_goes_on_from_them() -> None:

@@ -90,7 +90,7 @@ def _train(recipe: Recipe, run: Run, progress_bar: bool) -> Trainer:
     with _held(run), _table(run, recipe) as table:
         trainer = Trainer(
             problem.policy, problem.reward, problem.conditions, recipe.objective, recipe.training, recipe.exploration,
-            recipe.replay, recipe.seed, run, _quick_evaluation(recipe, table), recipe.given_states(),
+            recipe.replay, recipe.seed, run, _quick_evaluation(recipe, table), recipe.given_states(), recipe.search,
         )  # fmt: skip
         run.tidy()
         checkpoint = run.latest_checkpoint()

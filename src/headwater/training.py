@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ from headwater.replay import ReplaySettings
 from headwater.reward import Reward, cache_of
 from headwater.runs import Checkpoint, Metrics, Run
 from headwater.search import ExplorationSettings as ExplorationSettings  # also found here, beside Training
-from headwater.search import InlineSearch
+from headwater.search import Searcher, SearchSettings, build_search
 from headwater.trajectories import Trajectories
 
 Evaluate = Callable[[Policy], Metrics]
@@ -105,6 +105,7 @@ class Trainer:
         run: Run | None = None,
         evaluate: Evaluate | None = None,
         given: Tensor | None = None,
+        search: SearchSettings | None = None,
     ) -> None:
         self.policy, self.objective, self.training = policy, objective, training
         self.exploration = exploration or ExplorationSettings()
@@ -115,10 +116,11 @@ class Trainer:
         self.explorer = self.exploration.explorer(self.average or policy)
         if given is not None and (self.explorer or self.exploration.local_search.rounds):
             raise ValueError("given objects take the place of search: local_search, thompson and teacher must be off")
-        self.search = InlineSearch(
-            self.average or policy, reward, conditions, self.replay, self.generator, training.group_size,
-            objective.needs_step_rewards, given, self.explorer, self.exploration.local_search,
+        searcher = Searcher(
+            self.average or policy, reward, conditions, training.group_size, objective.needs_step_rewards, given,
+            self.explorer, self.exploration.local_search,
         )  # fmt: skip
+        self.search = build_search(search or SearchSettings(), searcher, self.replay, self.generator)
         self.optimizer = self._optimizer()
         self.iteration = 0
         self.seconds = 0.0
@@ -137,7 +139,7 @@ class Trainer:
         Raises NonFiniteLoss after writing the batch down; the checkpoint before it stays.
         """
         log = _Log(self.run_folder, self.training.iterations, self.iteration, progress_bar)
-        with self._interruptible(), log:
+        with self._interruptible(), closing(self.search), log:
             while self.iteration < self.training.iterations and not self.interrupted:
                 began = time.perf_counter()
                 metrics = self.update()
@@ -178,6 +180,7 @@ class Trainer:
         self.optimizer.step()
         self.policy.version += 1
         self._move_average()
+        self.search.publish()
         if not self._is_reported:
             return {}
         return {
@@ -197,7 +200,7 @@ class Trainer:
         if not self.training.replay_backward:
             return replayed
         walked = self.policy.sample_backward(replayed, self.generator)
-        return self.search.with_step_rewards(walked) if self.search.step_rewards else walked
+        return self.search.searcher.with_step_rewards(walked) if self.search.searcher.step_rewards else walked
 
     def _optimizer(self) -> torch.optim.Optimizer:
         log_z, learnt = self.policy.log_z_parameters(), list(self.policy.parameters())
@@ -235,15 +238,16 @@ class Trainer:
             "seconds": self.seconds,
             "failed": self.search.failed,
             **self._reward_calls(),
+            **self.search.metrics(),
         }
 
     def _reward_calls(self) -> dict[str, int]:
         """Objects that the reward was really asked for, and those whose reward was known already, over all resumes."""
-        cache = cache_of(self.search.reward)
-        if cache is None:
+        calls = self.search.calls
+        if calls is None:
             return {"reward_calls": self.search.drawn}
-        saved = cache.requested - cache.evaluated
-        return {"reward_calls": self.calls_before + cache.evaluated, "reward_calls_saved": self.saved_before + saved}
+        saved = calls.requested - calls.evaluated
+        return {"reward_calls": self.calls_before + calls.evaluated, "reward_calls_saved": self.saved_before + saved}
 
     def _clip_gradient(self, module: nn.Module) -> float:
         """Scale the gradient of a module down to the largest norm that is allowed; returns its norm before."""
@@ -269,12 +273,13 @@ class Trainer:
     def save(self) -> None:
         if self.run_folder is None:
             return
-        cache = cache_of(self.search.reward)
+        cache = cache_of(self.search.searcher.reward)
         if cache is not None and cache.table is not None:
             cache.table.flush()  # a checkpoint stands for all that was scored before it
         self.run_folder.save_checkpoint(self.checkpoint())
 
     def checkpoint(self) -> Checkpoint:
+        search = self.search.state()  # first: it puts what has arrived into the replay and the counts
         optimizer = self.optimizer.state_dict()
         tensors = {
             "policy": dict(self.policy.state_dict()),
@@ -291,6 +296,8 @@ class Trainer:
             tensors["explorer"] = dict(self.explorer.own.state_dict())
         if self.replay is not None:
             tensors["replay"] = self.replay.state()
+        if search:
+            tensors["search"] = search
         state: dict[str, object] = {
             "version": self.policy.version,
             "drawn": self.search.drawn,
@@ -317,6 +324,7 @@ class Trainer:
             self.generator.set_state(checkpoint.tensors["random"]["generator"])
             if self.replay is not None:
                 self.replay.load_state(checkpoint.tensors["replay"])
+            self.search.load_state(checkpoint.tensors.get("search", {}))
             self.search.drawn, self.search.failed = (
                 int(str(checkpoint.state["drawn"])),
                 int(str(checkpoint.state["failed"])),

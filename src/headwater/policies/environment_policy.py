@@ -158,7 +158,8 @@ class EnvironmentPolicy(Policy):
         """
         states, actions = trajectories.steps["state"], trajectories.steps["action"]
         with torch.no_grad():
-            forward_logits, backward_logits, _ = self._output(trajectories).split(self.sizes, dim=1)
+            output = self._output(trajectories)
+            forward_logits, backward_logits, _ = output.split(self.sizes, dim=1)  # type: ignore[no-untyped-call]
             probability = explored(forward_logits, self.environment.forward_mask(states), exploration)
             taken = probability.gather(1, actions[:, None])[:, 0].log()
             return taken, self._log_backward(trajectories, backward_logits)

@@ -29,6 +29,7 @@ from headwater.replay import ReplaySettings
 from headwater.report import Section
 from headwater.reward import CACHE_CAPACITY, CachedReward, Reward, TemperedReward
 from headwater.runs import Run, Samples, Setting
+from headwater.search import SearchSettings
 from headwater.training import ExplorationSettings, Training
 
 GROUP = "headwater.recipes"
@@ -65,6 +66,8 @@ class Recipe(ABC):
     """How the search departs from the policy."""
     replay: ReplaySettings = field(default_factory=ReplaySettings)
     """What is remembered; used where training.replayed is above 0."""
+    search: SearchSettings = field(default_factory=SearchSettings)
+    """Who draws and scores."""
     keep_objects: bool = True
     """Keep every object ever scored, with its reward, in objects.sqlite."""
 

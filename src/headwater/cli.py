@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(error), 2)
     except KeyboardInterrupt:
         _fail("stopped at once, without a new checkpoint", 130)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:  # a file of the run that cannot be written is a RuntimeError
         _fail(str(error), 1)
 
 

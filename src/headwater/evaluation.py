@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,6 +26,14 @@ from headwater.trajectories import Trajectories
 
 _CHUNK = 16384  # states that a network sees at once
 _CHUNK_STEPS = 65536  # steps of trajectories that a network sees at once
+
+
+class ExactDraws(Protocol):
+    """Whatever draws from the target itself."""
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """`count` final states: `[count, width]`."""
+        ...
 
 
 class ExactDistribution:
@@ -109,7 +118,7 @@ def bounds(
     condition: Tensor | None,
     count: int,
     generator: torch.Generator,
-    exact: ExactDistribution | None = None,
+    exact: ExactDraws | None = None,
 ) -> dict[str, float]:
     """Bounds on log Z from `count` draws, under one condition row.
 
@@ -154,17 +163,26 @@ def log_prob_of_states(
     walked once.
     """
     environment_policy = _environment_policy(policy)
-    if environment_policy.environment.n_backward_actions == 1:
-        walks = 1
-    at_once = max(1, _CHUNK_STEPS // (walks * environment_policy.environment.max_steps))
-    estimates = []
-    with torch.no_grad():
-        for part, rows in zip(torch.split(states, at_once), torch.split(condition, at_once), strict=True):
-            walked = environment_policy.sample_to(part.repeat(walks, 1), rows.repeat(walks, 1), generator)
-            forward = walked.sum(environment_policy.log_probs(walked).forward.double())
-            ratios = (forward - walked.log_behaviour.double()).view(walks, len(part))
-            estimates.append(ratios.logsumexp(0) - math.log(walks))
-    return torch.cat(estimates) if estimates else torch.empty(0, dtype=torch.float64)
+
+    def walk(rows: Tensor) -> Trajectories:
+        return environment_policy.sample_to(states[rows], condition[rows], generator)
+
+    return _log_prob(environment_policy, walk, len(states), environment_policy.environment.max_steps, walks)
+
+
+def log_prob_of_objects(
+    policy: Policy, trajectories: Trajectories, walks: int = 10, generator: torch.Generator | None = None
+) -> Tensor:
+    """The same of the objects that given trajectories end in, for every policy that walks backward; of points of a
+    continuous space, their log-density.
+    """
+    generator = generator or torch.default_generator
+
+    def walk(rows: Tensor) -> Trajectories:
+        return policy.sample_backward(trajectories.select(rows), generator)
+
+    longest = int(trajectories.lengths.max()) if len(trajectories) else 1
+    return _log_prob(policy, walk, len(trajectories), longest, walks)
 
 
 def correlation(log_reward: NDArray[np.float64], log_prob: NDArray[np.float64]) -> dict[str, float]:
@@ -241,6 +259,21 @@ def _log_weights(policy: Policy, trajectories: Trajectories) -> Tensor:
     return trajectories.log_reward.double() - ratio.double()
 
 
+def _log_prob(policy: Policy, walk: Callable[[Tensor], Trajectories], count: int, max_steps: int, walks: int) -> Tensor:
+    """log of the mean of P_F / P_B over `walks` walks back from each of `count` objects; `walk` takes their numbers."""
+    if isinstance(policy, EnvironmentPolicy) and policy.environment.n_backward_actions == 1:
+        walks = 1
+    at_once = max(1, _CHUNK_STEPS // (walks * max_steps))
+    estimates = []
+    with torch.no_grad():
+        for rows in torch.split(torch.arange(count), at_once):
+            walked = walk(rows.repeat(walks))
+            forward = walked.sum(policy.log_probs(walked).forward.double())
+            ratios = (forward - walked.log_behaviour.double()).view(walks, len(rows))
+            estimates.append(ratios.logsumexp(0) - math.log(walks))
+    return torch.cat(estimates) if count else torch.empty(0, dtype=torch.float64)
+
+
 def _environment_policy(policy: Policy) -> EnvironmentPolicy:
     if isinstance(policy, RelativePolicy):
         return policy.posterior
@@ -255,11 +288,13 @@ def _entropy_terms(p: Tensor, q: Tensor) -> Tensor:
 
 __all__ = [
     "ExactDistribution",
+    "ExactDraws",
     "best_and_different",
     "best_distinct",
     "bounds",
     "correlation",
     "diversity",
+    "log_prob_of_objects",
     "log_prob_of_states",
     "modes",
     "sampling_floor",

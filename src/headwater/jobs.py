@@ -90,7 +90,7 @@ def _train(recipe: Recipe, run: Run, progress_bar: bool) -> Trainer:
     with _held(run), _table(run, recipe) as table:
         trainer = Trainer(
             problem.policy, problem.reward, problem.conditions, recipe.objective, recipe.training, recipe.exploration,
-            recipe.replay, recipe.seed, run, _quick_evaluation(recipe, table), recipe.given_states(),
+            recipe.replay, recipe.seed, run, _quick_evaluation(recipe, table), recipe.given_states(), recipe.search,
         )  # fmt: skip
         run.tidy()
         checkpoint = run.latest_checkpoint()
@@ -165,18 +165,21 @@ def _evaluation(run: Run, sampler: Sampler) -> dict[str, object]:
     rows = run.metrics()
     figures: dict[str, object] = {}
     exact = recipe.exact_distribution()
+    log_z = recipe.exact_log_z() if exact is None else exact.log_z
     if exact is not None:
         figures |= exact.compare(policy)
+    if log_z is not None:
+        figures["log_z_exact"] = log_z
         learned = [row["log_z"] for row in rows if "log_z" in row]
         if learned:
-            figures["log_z_gap"] = abs(float(learned[-1]) - exact.log_z)
-    figures |= evaluation.bounds(policy, reward, recipe.default_condition(), 2000, generator, exact)
+            figures["log_z_gap"] = abs(float(learned[-1]) - log_z)
+    draws = exact or recipe.exact_draws()
+    figures |= evaluation.bounds(policy, reward, recipe.default_condition(), 2000, generator, draws)
     figures |= _sample_figures(recipe, samples) | recipe.measures(samples)
-    if isinstance(policy, EnvironmentPolicy):
-        condition = sampler.condition()
-        if exact is not None:
-            drawn = policy.sample(condition.expand(TEST_OBJECTS, -1), generator=generator)
-            figures |= exact.empirical_total_variation(policy.final_states(drawn))
+    if exact is not None and isinstance(policy, EnvironmentPolicy):
+        drawn = policy.sample(sampler.condition().expand(TEST_OBJECTS, -1), generator=generator)
+        figures |= exact.empirical_total_variation(policy.final_states(drawn))
+    if policy.walks_backward:
         figures |= _correlations(sampler, samples, generator)
         calls = int(float(rows[-1].get("reward_calls", 0))) if rows else 0
         if exact is None and calls:
@@ -225,13 +228,12 @@ def _correlations(sampler: Sampler, samples: Samples, generator: torch.Generator
     besides.
     """
     policy, reward = sampler.problem.policy, sampler.problem.reward
-    assert isinstance(policy, EnvironmentPolicy)
     first = evaluation.best_distinct(samples.log_reward, samples.objects, TEST_OBJECTS)
     drawn_reward, drawn_prob = samples.log_reward[first], samples.log_prob[first]
     condition = sampler.condition().expand(len(first), -1)
     random = policy.sample(condition, Exploration(epsilon=1.0), generator)
     random_reward = reward(policy.objects(random), condition).double().numpy()
-    random_prob = evaluation.log_prob_of_states(policy, policy.final_states(random), condition, 10, generator).numpy()
+    random_prob = evaluation.log_prob_of_objects(policy, random, 10, generator).numpy()
     known = np.isfinite(random_reward)
     both = evaluation.correlation(
         np.concatenate([drawn_reward, random_reward[known]]), np.concatenate([drawn_prob, random_prob[known]])

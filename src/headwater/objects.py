@@ -37,7 +37,7 @@ create table objects (
     object text primary key,     -- as the run's samples write it
     log_reward real,             -- log R(x), null where the reward failed: such an object is asked for again
     iteration integer not null,  -- updates that the policy had seen when the object was first scored
-    origin text not null         -- who asked: inline, inline on the way, given, evaluation, sample, ...
+    origin text not null         -- who asked: inline, worker 0, given, evaluation, sample, ...
 ) without rowid
 """
 _ADD = """

@@ -215,6 +215,14 @@ class CachedReward:
         self.table, self._text = table, text
         self._repeated = set(table.trained_on_from(resumed_at)) if self.capacity else set()
 
+    def count_repeated(self) -> None:
+        """Count at once what `keep_in` would have counted when it came up again: for copies of this cache in other
+        processes, each of which would count it.
+        """
+        self.requested += len(self._repeated)
+        self.evaluated += len(self._repeated)
+        self._repeated = set()
+
     def __call__(self, objects: Objects, condition: Tensor) -> Tensor:
         self.requested += len(objects)
         if not self.capacity:

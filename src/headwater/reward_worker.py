@@ -86,6 +86,7 @@ def call_function(function: RewardFunction, objects: list[object]) -> list[float
 
 class Worker:
     """The function in a process of its own, killed when a call takes longer than `timeout` seconds, then started anew.
+    After a fork each side has one: the child starts its own at its first call.
 
     Raises RewardError when built if the function cannot be loaded.
     """
@@ -99,6 +100,8 @@ class Worker:
     def call(self, objects: list[object]) -> list[float]:
         """As `call_function`; Failure also if the call took too long or ended the process."""
         message = {"objects": _encode(objects)}
+        if self._owner != os.getpid():
+            self.close()
         if self._process is None:
             self._start()
         reply = self._exchange(message, self._timeout)
@@ -111,9 +114,11 @@ class Worker:
 
     def close(self) -> None:
         """End the process; the next call starts another."""
-        if self._process is not None:
+        if self._owner != os.getpid():  # it belongs to the process that this one was forked from
+            self._kill.detach()
+        elif self._process is not None:
             self._kill()
-            self._process = None
+        self._process = None
 
     def _start(self) -> None:
         # -P keeps the folder of this file, full of modules with common names, off the path of the user's imports.
@@ -121,6 +126,7 @@ class Worker:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True
         )
+        self._owner = os.getpid()
         self._kill = weakref.finalize(self, _kill, self._process)
         try:
             reply = self._exchange({"function": self._function, "path": sys.path}, _START_LIMIT)

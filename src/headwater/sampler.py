@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from headwater.evaluation import log_prob_of_states
-from headwater.policies import NO_EXPLORATION, EnvironmentPolicy
+from headwater.evaluation import log_prob_of_objects
+from headwater.policies import NO_EXPLORATION
 from headwater.recipes import Problem, Recipe
 from headwater.runs import Run, Samples
 from headwater.settings import load_recipe
@@ -62,9 +62,8 @@ class Sampler:
         trajectories = policy.sample(asked, NO_EXPLORATION, generator)
         trajectories = trajectories.with_log_reward(reward(policy.objects(trajectories), asked))
         trajectories = trajectories.select(~trajectories.log_reward.isnan())
-        if isinstance(policy, EnvironmentPolicy):
-            states = policy.final_states(trajectories)
-            log_prob = log_prob_of_states(policy, states, trajectories.condition, walks, generator)
+        if policy.walks_backward:
+            log_prob = log_prob_of_objects(policy, trajectories, walks, generator)
         else:
             log_prob = trajectories.log_behaviour
         return Samples(

@@ -13,57 +13,26 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from headwater.conditions import Conditions
 from headwater.events import Events
 from headwater.objectives import Objective
-from headwater.policies.base import Exploration, Policy
+from headwater.policies.base import Policy
 from headwater.replay import ReplaySettings
 from headwater.reward import Reward, cache_of
 from headwater.runs import Checkpoint, Metrics, Run
-from headwater.search import InlineSearch
+from headwater.search import ExplorationSettings as ExplorationSettings  # also found here, beside Training
+from headwater.search import Searcher, SearchSettings, build_search
 from headwater.trajectories import Trajectories
 
 Evaluate = Callable[[Policy], Metrics]
-
-
-@dataclass(frozen=True)
-class ExplorationSettings:
-    """How the search departs from the policy while training."""
-
-    epsilon: float = 0.1
-    """Probability of a uniform legal action in the place of the policy's, at the start."""
-    epsilon_end: float = 0.0
-    """The same, after the decay."""
-    decay: float = 0.5
-    """Share of the run over which epsilon falls linearly."""
-    temperature: float = 1.0
-    """Temperature of the policy that searches; above 1 flattens it."""
-    average: float = 0.0
-    """Search with an exponential moving average of the weights: its decay, such as 0.99; 0 searches with the weights
-    themselves.
-    """
-
-    def __post_init__(self) -> None:
-        for name in ("epsilon", "epsilon_end", "decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must lie between 0 and 1")
-        if not 0 <= self.average < 1:
-            raise ValueError(f"average = {self.average}: must be at least 0 and below 1")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature = {self.temperature}: must be positive")
-
-    def at(self, progress: float) -> Exploration:
-        """The exploration after `progress`, the share of the run that is done."""
-        left = max(0.0, 1 - progress / self.decay) if self.decay else 0.0
-        return Exploration(self.epsilon_end + (self.epsilon - self.epsilon_end) * left, self.temperature)
 
 
 @dataclass(frozen=True)
@@ -136,6 +105,7 @@ class Trainer:
         run: Run | None = None,
         evaluate: Evaluate | None = None,
         given: Tensor | None = None,
+        search: SearchSettings | None = None,
     ) -> None:
         self.policy, self.objective, self.training = policy, objective, training
         self.exploration = exploration or ExplorationSettings()
@@ -143,10 +113,14 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(seed)
         self.replay = (replay or ReplaySettings()).build(policy.objects) if training.replayed else None
         self.average = copy.deepcopy(policy).requires_grad_(False) if self.exploration.average else None
-        self.search = InlineSearch(
-            self.average or policy, reward, conditions, self.replay, self.generator, training.group_size,
-            objective.needs_step_rewards, given,
+        self.explorer = self.exploration.explorer(self.average or policy)
+        if given is not None and (self.explorer or self.exploration.local_search.rounds):
+            raise ValueError("given objects take the place of search: local_search, thompson and teacher must be off")
+        searcher = Searcher(
+            self.average or policy, reward, conditions, training.group_size, objective.needs_step_rewards, given,
+            self.explorer, self.exploration.local_search,
         )  # fmt: skip
+        self.search = build_search(search or SearchSettings(), searcher, self.replay, self.generator)
         self.optimizer = self._optimizer()
         self.iteration = 0
         self.seconds = 0.0
@@ -165,7 +139,7 @@ class Trainer:
         Raises NonFiniteLoss after writing the batch down; the checkpoint before it stays.
         """
         log = _Log(self.run_folder, self.training.iterations, self.iteration, progress_bar)
-        with self._interruptible(), log:
+        with self._interruptible(), closing(self.search), log:
             while self.iteration < self.training.iterations and not self.interrupted:
                 began = time.perf_counter()
                 metrics = self.update()
@@ -191,17 +165,22 @@ class Trainer:
         if not len(batch):  # every reward of this batch failed
             return {"iteration": self.iteration, "epsilon": exploration.epsilon}
         log_probs = self.policy.log_probs(batch)
-        loss = self.objective(log_probs, batch)
+        loss = total = self.objective(log_probs, batch)
+        if self.explorer is not None:
+            total = loss + self.explorer.loss(self.objective, log_probs, batch, self.generator)
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        gradient_norm = self._clip_gradient()
-        if not (math.isfinite(gradient_norm) and math.isfinite(loss.item())):
-            self._refuse(batch, loss, gradient_norm)
+        total.backward()  # type: ignore[no-untyped-call]
+        gradient_norm = norms = self._clip_gradient(self.policy)
+        if self.explorer is not None:
+            norms += self._clip_gradient(self.explorer.own)
+        if not (math.isfinite(norms) and math.isfinite(total.item())):
+            self._refuse(batch, total, norms)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * self.training.rate(progress)
         self.optimizer.step()
         self.policy.version += 1
         self._move_average()
+        self.search.publish()
         if not self._is_reported:
             return {}
         return {
@@ -221,12 +200,14 @@ class Trainer:
         if not self.training.replay_backward:
             return replayed
         walked = self.policy.sample_backward(replayed, self.generator)
-        return self.search.with_step_rewards(walked) if self.search.step_rewards else walked
+        return self.search.searcher.with_step_rewards(walked) if self.search.searcher.step_rewards else walked
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        log_z = self.policy.log_z_parameters()
+        log_z, learnt = self.policy.log_z_parameters(), list(self.policy.parameters())
+        if self.explorer is not None:
+            log_z, learnt = log_z + self.explorer.log_z_parameters(), learnt + list(self.explorer.own.parameters())
         chosen = {id(parameter) for parameter in log_z}
-        rest = [p for p in self.policy.parameters() if p.requires_grad and id(p) not in chosen]
+        rest = [p for p in learnt if p.requires_grad and id(p) not in chosen]
         groups = [{"params": rest}] + ([{"params": log_z}] if log_z else [])
         self._rates = [self.training.learning_rate, self.training.log_z_learning_rate][: len(groups)]
         return torch.optim.Adam(groups, lr=self.training.learning_rate, fused=True)
@@ -257,19 +238,22 @@ class Trainer:
             "seconds": self.seconds,
             "failed": self.search.failed,
             **self._reward_calls(),
+            **self.search.metrics(),
         }
 
     def _reward_calls(self) -> dict[str, int]:
         """Objects that the reward was really asked for, and those whose reward was known already, over all resumes."""
-        cache = cache_of(self.search.reward)
-        if cache is None:
+        calls = self.search.calls
+        if calls is None:
             return {"reward_calls": self.search.drawn}
-        saved = cache.requested - cache.evaluated
-        return {"reward_calls": self.calls_before + cache.evaluated, "reward_calls_saved": self.saved_before + saved}
+        saved = calls.requested - calls.evaluated
+        return {"reward_calls": self.calls_before + calls.evaluated, "reward_calls_saved": self.saved_before + saved}
 
-    def _clip_gradient(self) -> float:
-        """Scale the gradient down to the largest norm that is allowed; returns its norm before."""
-        gradients = [parameter.grad for parameter in self.policy.parameters() if parameter.grad is not None]
+    def _clip_gradient(self, module: nn.Module) -> float:
+        """Scale the gradient of a module down to the largest norm that is allowed; returns its norm before."""
+        gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+        if not gradients:  # of heads whose bootstrap left them nothing to learn from
+            return 0.0
         norm = torch.stack(torch._foreach_norm(gradients)).norm().item()
         limit = self.training.clip_gradient
         if limit and norm > limit and math.isfinite(norm):
@@ -289,12 +273,13 @@ class Trainer:
     def save(self) -> None:
         if self.run_folder is None:
             return
-        cache = cache_of(self.search.reward)
+        cache = cache_of(self.search.searcher.reward)
         if cache is not None and cache.table is not None:
             cache.table.flush()  # a checkpoint stands for all that was scored before it
         self.run_folder.save_checkpoint(self.checkpoint())
 
     def checkpoint(self) -> Checkpoint:
+        search = self.search.state()  # first: it puts what has arrived into the replay and the counts
         optimizer = self.optimizer.state_dict()
         tensors = {
             "policy": dict(self.policy.state_dict()),
@@ -307,8 +292,12 @@ class Trainer:
         }
         if self.average is not None:
             tensors["average"] = dict(self.average.state_dict())
+        if self.explorer is not None:
+            tensors["explorer"] = dict(self.explorer.own.state_dict())
         if self.replay is not None:
             tensors["replay"] = self.replay.state()
+        if search:
+            tensors["search"] = search
         state: dict[str, object] = {
             "version": self.policy.version,
             "drawn": self.search.drawn,
@@ -324,6 +313,8 @@ class Trainer:
             self.policy.load_state_dict(checkpoint.tensors["policy"])
             if self.average is not None:
                 self.average.load_state_dict(checkpoint.tensors["average"])
+            if self.explorer is not None:
+                self.explorer.own.load_state_dict(checkpoint.tensors["explorer"])
             optimizer = self.optimizer.state_dict()
             optimizer["state"] = {}
             for key, value in checkpoint.tensors["optimizer"].items():
@@ -333,6 +324,7 @@ class Trainer:
             self.generator.set_state(checkpoint.tensors["random"]["generator"])
             if self.replay is not None:
                 self.replay.load_state(checkpoint.tensors["replay"])
+            self.search.load_state(checkpoint.tensors.get("search", {}))
             self.search.drawn, self.search.failed = (
                 int(str(checkpoint.state["drawn"])),
                 int(str(checkpoint.state["failed"])),

@@ -79,6 +79,11 @@ class Policy(nn.Module):
         log-probability of that walk. Raises TypeError for a policy that cannot walk backward."""
         raise TypeError(f"{type(self).__name__} cannot walk backward from finished objects")
 
+    @property
+    def walks_backward(self) -> bool:
+        """Whether `sample_backward` is there to be used."""
+        return type(self).sample_backward is not Policy.sample_backward
+
     def log_z_parameters(self) -> list[nn.Parameter]:
         """The parameters of the log-partition function, which learn at a rate of their own."""
         return []

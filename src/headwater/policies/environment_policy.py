@@ -5,6 +5,7 @@ state flow.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -16,7 +17,7 @@ from headwater.policies.layers import Linear
 from headwater.policies.native_log_probs import MOST_ACTIONS, NEVER, step_log_probs
 from headwater.policies.native_network import NativeNetwork, native_network
 from headwater.policies.networks import Network
-from headwater.policies.rollout import Walk, walk_backward, walk_forward
+from headwater.policies.rollout import Walk, explored, walk_backward, walk_forward
 from headwater.trajectories import Trajectories
 
 Backward = Literal["uniform", "learned", "maximum-entropy", "tlm"]
@@ -72,6 +73,22 @@ class EnvironmentPolicy(Policy):
         exploration: Exploration = NO_EXPLORATION,
         generator: torch.Generator | None = None,
     ) -> Trajectories:
+        return self.sample_from(None, condition, exploration, generator)
+
+    def sample_from(
+        self,
+        states: Tensor | None,
+        condition: Tensor,
+        exploration: Exploration = NO_EXPLORATION,
+        generator: torch.Generator | None = None,
+        head: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    ) -> Trajectories:
+        """Trajectories from unfinished `states` (`[T, width]`) to exit, without the steps that led to these; None
+        starts at the initial state.
+
+        head: draws in the place of the policy's own forward head: (hidden `[n, network width]`, states `[n, width]`,
+        trajectory numbers `[n]`) -> logits over actions.
+        """
         condition = self._checked(condition)
         generator = generator or torch.default_generator
         with torch.no_grad():
@@ -79,11 +96,11 @@ class EnvironmentPolicy(Policy):
 
             def logits(states: Tensor, ids: Tensor) -> Tensor:
                 hidden = self.torso(self.environment.features(states), None if embedded is None else embedded[ids])
-                return self.heads(hidden)
+                return self.heads(hidden) if head is None else head(hidden, states, ids)
 
             walk = walk_forward(
                 self.environment, logits, len(condition), exploration, generator, condition.device,
-                self._native_network(embedded),
+                self._native_network(embedded) if head is None else None, states,
             )  # fmt: skip
         return self._trajectories(walk, condition)
 
@@ -115,8 +132,7 @@ class EnvironmentPolicy(Policy):
     def log_probs(self, trajectories: Trajectories) -> LogProbs:
         environment = self.environment
         states, actions = trajectories.steps["state"], trajectories.steps["action"]
-        embedded = self.embed_condition(trajectories.condition)[trajectories.index] if self.condition_size else None
-        output = self.torso(environment.features(states), embedded, self.heads).float()
+        output = self._output(trajectories)
         if self._has_native_log_probs(states):
             learned = self._learns_backward
             taken, backward, log_exit = step_log_probs(environment, output, states, actions, learned)
@@ -135,6 +151,27 @@ class EnvironmentPolicy(Policy):
             log_exit=log_exit,
             auxiliary=auxiliary,
         )
+
+    def explored_log_probs(self, trajectories: Trajectories, exploration: Exploration) -> tuple[Tensor, Tensor]:
+        """Of every step, without gradient: the log-probability of taking it under `exploration`, and log P_B of undoing
+        it, both `[S]`.
+        """
+        states, actions = trajectories.steps["state"], trajectories.steps["action"]
+        with torch.no_grad():
+            output = self._output(trajectories)
+            forward_logits, backward_logits, _ = output.split(self.sizes, dim=1)  # type: ignore[no-untyped-call]
+            probability = explored(forward_logits, self.environment.forward_mask(states), exploration)
+            taken = probability.gather(1, actions[:, None])[:, 0].log()
+            return taken, self._log_backward(trajectories, backward_logits)
+
+    def hidden(self, trajectories: Trajectories, head: Linear | None = None) -> Tensor:
+        """What the torso makes of the state that each step leaves: `[S, network width]`, or `head` of it."""
+        embedded = self.embed_condition(trajectories.condition)[trajectories.index] if self.condition_size else None
+        return self.torso(self.environment.features(trajectories.steps["state"]), embedded, head)
+
+    def _output(self, trajectories: Trajectories) -> Tensor:
+        """Logits of actions and, where they are learned, of backward actions, and the flow: `[S, sum of sizes]`."""
+        return self.hidden(trajectories, self.heads).float()
 
     def _has_native_log_probs(self, states: Tensor) -> bool:
         return (

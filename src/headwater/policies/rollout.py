@@ -55,11 +55,12 @@ def walk_forward(
     generator: torch.Generator,
     device: torch.device | str = "cpu",
     network: NativeNetwork | None = None,
+    start: Tensor | None = None,
 ) -> Walk:
-    """Draw `count` trajectories from the initial state to exit. network: what `logits` does, natively; its first
-    outputs are those of the actions.
+    """Draw `count` trajectories to exit, from the initial state or from unfinished states `start` `[count, width]`.
+    network: what `logits` does, natively; its first outputs are those of the actions.
     """
-    states = environment.initial(count).to(device)
+    states = environment.initial(count).to(device) if start is None else start.clone().contiguous()
     if _is_native(environment, states):
         return _native_forward(environment, logits, states, exploration, generator, network)
     return _tensor_forward(environment, logits, states, exploration, generator)
@@ -90,16 +91,19 @@ def _is_native(environment: Environment, states: Tensor) -> bool:
 
 def draw(logits: Tensor, mask: Tensor, uniform: Tensor, exploration: Exploration) -> tuple[Tensor, Tensor]:
     """Draw a legal action a row by inverse CDF: actions `[n]` int64 and their log-probabilities `[n]`."""
-    scaled = (logits / exploration.temperature).masked_fill(~mask, -torch.inf)
-    legal = mask.to(logits.dtype)
-    probability = (1 - exploration.epsilon) * scaled.softmax(1) + exploration.epsilon * legal / legal.sum(
-        1, keepdim=True
-    )
+    probability = explored(logits, mask, exploration)
     cumulative = probability.cumsum(1)
     actions = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(1)
     last_legal = mask.shape[1] - 1 - mask.flip(1).to(torch.int8).argmax(1)
     actions = torch.minimum(actions, last_legal)
     return actions, probability.gather(1, actions[:, None])[:, 0].log()
+
+
+def explored(logits: Tensor, mask: Tensor, exploration: Exploration) -> Tensor:
+    """Probability of every action under exploration, 0 where `mask` (bool) says illegal: all `[n, actions]`."""
+    scaled = (logits / exploration.temperature).masked_fill(~mask, -torch.inf)
+    legal = mask.to(logits.dtype)
+    return (1 - exploration.epsilon) * scaled.softmax(1) + exploration.epsilon * legal / legal.sum(1, keepdim=True)
 
 
 def _tensor_forward(

@@ -21,7 +21,7 @@ from torch import Tensor
 from headwater.conditions import Conditions, InverseTemperature, NoCondition
 from headwater.environments.base import Environment, Objects
 from headwater.environments.graph import TooManyStates
-from headwater.evaluation import ExactDistribution, best_and_different
+from headwater.evaluation import ExactDistribution, ExactDraws, best_and_different
 from headwater.objectives import Objective
 from headwater.policies import EnvironmentPolicy, Network, Policy
 from headwater.policies.environment_policy import Backward
@@ -29,6 +29,7 @@ from headwater.replay import ReplaySettings
 from headwater.report import Section
 from headwater.reward import CACHE_CAPACITY, CachedReward, Reward, TemperedReward
 from headwater.runs import Run, Samples, Setting
+from headwater.search import SearchSettings
 from headwater.training import ExplorationSettings, Training
 
 GROUP = "headwater.recipes"
@@ -65,6 +66,8 @@ class Recipe(ABC):
     """How the search departs from the policy."""
     replay: ReplaySettings = field(default_factory=ReplaySettings)
     """What is remembered; used where training.replayed is above 0."""
+    search: SearchSettings = field(default_factory=SearchSettings)
+    """Who draws and scores."""
     keep_objects: bool = True
     """Keep every object ever scored, with its reward, in objects.sqlite."""
 
@@ -76,6 +79,14 @@ class Recipe(ABC):
 
     def exact_distribution(self) -> ExactDistribution | None:
         """The target distribution under the default condition, where the space is small enough to enumerate."""
+        return None
+
+    def exact_log_z(self) -> float | None:
+        """log Z under the default condition where it is known without an enumeration: by elimination, by quadrature."""
+        return None
+
+    def exact_draws(self) -> ExactDraws | None:
+        """Exact draws of the target where they can be had without an enumeration."""
         return None
 
     def given_states(self) -> Tensor | None:

@@ -84,6 +84,59 @@ def throughput_chart(rows: Rows) -> Chart | None:
     return Chart("throughput", "Trajectories per second", caption, svg)
 
 
+def quality_by_time_chart(rows: Rows) -> Chart | None:
+    """Exact total variation over the seconds trained; None where it was not measured."""
+    measured = [row for row in rows if "eval/total_variation" in row and "seconds" in row]
+    seconds, distance = _column(measured, "seconds"), _column(measured, "eval/total_variation")
+    if not (np.isfinite(seconds) & (distance > 0)).any():
+        return None
+    svg = line_figure(
+        {"total variation": (seconds, distance)},
+        x_label="seconds of training",
+        title="Total variation by time",
+        log_y=True,
+    )
+    return Chart("total_variation_by_time", "Total variation by time", "Exact; evaluation is not counted.", svg)
+
+
+def search_charts(rows: Rows) -> list[Chart]:
+    """How searching and learning kept up with each other, over the time trained; empty for a run that searched inline.
+
+    Each figure is of the time between two logged rows.
+    """
+    rows = [row for row in rows if "search/updates_per_second" in row]
+    if not rows:
+        return []
+    seconds = _column(rows, "seconds")
+    restarts, late = (number(as_float(rows[-1].get(f"search/{name}", 0))) for name in ("restarts", "late"))
+
+    def chart(name: str, title: str, caption: str, **curves: str) -> Chart:
+        drawn = {label.replace("_", " "): (seconds, _column(rows, f"search/{key}")) for label, key in curves.items()}
+        return Chart(name, title, caption, line_figure(drawn, x_label="seconds of training", title=title))
+
+    return [
+        chart(
+            "search_throughput", "Trajectories per second", "As the searchers delivered them, by wall-clock time.",
+            trajectories="trajectories_per_second",
+        ),
+        chart(
+            "learner_throughput", "Updates per second", "As the learner made them, by wall-clock time.",
+            updates="updates_per_second",
+        ),
+        chart(
+            "search_idle", "Share of time idle",
+            "The learner waits for fresh trajectories, or the searchers wait for the learner: more searchers help in "
+            f"the first case only. Searchers that had to be replaced: {restarts}.",
+            learner="learner_idle", searchers="worker_idle",
+        ),
+        chart(
+            "staleness", "Staleness of fresh batches",
+            f"Updates by which the policy that drew them was behind. Batches too stale to be handed out: {late}.",
+            mean="staleness_mean", largest="staleness_max",
+        ),
+    ]  # fmt: skip
+
+
 def reward_chart(samples: Samples, baseline: Sequence[object]) -> Chart | None:
     """The histogram of the samples' log-rewards, with random search's if there is one; None without a finite value."""
     values = {"sampler": samples.log_reward}

@@ -23,14 +23,14 @@ EVALUATION: dict[str, Term] = {
         "How well one can tell a draw of the sampler from a draw of the target, in nats; 0 is perfect, 0.693 the most.",
     ),
     "log_z": Term("log Z", "Logarithm of the sum of all rewards, as the sampler has learnt it."),
-    "log_z_exact": Term("log Z, exact", "Logarithm of the sum of all rewards, by enumeration."),
+    "log_z_exact": Term("log Z, exact", "Logarithm of the sum of all rewards, computed exactly."),
     "log_z_estimate": Term("log Z, estimated", "Logarithm of the sum of all rewards, estimated from the sampler."),
     "log_z_gap": Term("log Z gap", "Estimated minus exact log Z; 0 is perfect."),
     "elbo": Term("ELBO", "A lower bound on log Z, from the sampler's draws; tight when the sampler is perfect."),
     "log_z_interval": Term("Its interval", "Half the width of the 95 % interval of the estimated log Z."),
     "eubo": Term(
         "EUBO",
-        "An upper bound on log Z: from exact draws of the target where the space was enumerated, else from the "
+        "An upper bound on log Z: from exact draws of the target where they can be had, else from the "
         "sampler's draws reweighted, which cannot show a mode that it misses.",
     ),
     "effective_sample_size": Term(

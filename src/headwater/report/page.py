@@ -47,7 +47,9 @@ def write(run: Run, sections: Sequence[Section], defaults: Mapping[str, object] 
     last: dict[str, object] = {name: value for row in rows for name, value in row.items()}
     log_z = _log_z(evaluation, last)
     convergence = charts.convergence_charts(rows, evaluation)
-    throughput = charts.throughput_chart(rows)
+    by_time = charts.quality_by_time_chart(rows)
+    convergence += [by_time] if by_time else []
+    throughput, searching = charts.throughput_chart(rows), charts.search_charts(rows)
     baseline = evaluation.get("baseline_log_reward")
     rewards = charts.reward_chart(samples, baseline if isinstance(baseline, list) else []) if samples else None
     calibration = charts.calibration_chart(samples, log_z) if samples else None
@@ -69,11 +71,13 @@ def write(run: Run, sections: Sequence[Section], defaults: Mapping[str, object] 
         convergence=_inlined(convergence),
         sampled=_inlined(sampled),
         throughput=_inlined([throughput])[0] if throughput else None,
+        searching=_inlined(searching),
         totals=_totals(last, run.scored()),
         palettes={"light": PALETTE, "dark": DARK_PALETTE},
         style=Markup(files("headwater.report").joinpath("style.css").read_text()),
     )
-    drawings = {chart.name: chart.svg for chart in [*convergence, *sampled, *([throughput] if throughput else [])]}
+    drawn = [*convergence, *sampled, *([throughput] if throughput else []), *searching]
+    drawings = {chart.name: chart.svg for chart in drawn}
     _write_figures(run.folder / "figures", drawings | _drawings_of(sections))
     path = run.folder / "report.html"
     with atomic(path) as partial:

@@ -1,5 +1,43 @@
 """Search: who draws trajectories, scores them and puts them where the learner finds them."""
 
-from headwater.search.inline import InlineSearch
+from __future__ import annotations
 
-__all__ = ["InlineSearch"]
+import torch
+
+from headwater.replay import Replay
+from headwater.search.base import Search, SearchError, SearchSettings
+from headwater.search.exploration import ExplorationSettings
+from headwater.search.explorer import Explorer
+from headwater.search.inline import InlineSearch
+from headwater.search.local import LocalSearch
+from headwater.search.searcher import Drawn, Searcher
+from headwater.search.teacher import Teacher, TeacherSettings
+from headwater.search.thompson import Thompson, ThompsonSettings
+
+__all__ = [
+    "Drawn",
+    "ExplorationSettings",
+    "Explorer",
+    "InlineSearch",
+    "LocalSearch",
+    "Search",
+    "SearchError",
+    "SearchSettings",
+    "Searcher",
+    "Teacher",
+    "TeacherSettings",
+    "Thompson",
+    "ThompsonSettings",
+    "build_search",
+]
+
+
+def build_search(
+    settings: SearchSettings, searcher: Searcher, replay: Replay | None, generator: torch.Generator
+) -> Search:
+    """The search of these settings, which runs `searcher` and fills `replay`."""
+    if not settings.processes:
+        return InlineSearch(searcher, replay, generator)
+    from headwater.search.processes import process_search
+
+    return process_search(settings, searcher, replay, generator)

@@ -2,86 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import torch
-from torch import Tensor
 
-from headwater.conditions import Conditions
-from headwater.environments.base import Objects
-from headwater.objectives import STEP_REWARD
-from headwater.policies.base import Exploration, Policy
-from headwater.policies.environment_policy import EnvironmentPolicy
+from headwater.policies.base import Exploration
 from headwater.replay import Replay
-from headwater.reward import Reward, cache_of
+from headwater.search.base import Search
+from headwater.search.searcher import Searcher
 from headwater.trajectories import Trajectories
 
 
-@dataclass
-class InlineSearch:
-    """Draws with `policy`, scores with `reward`, and adds what was scored to `replay`.
+class InlineSearch(Search):
+    """Each `collect` draws with the weights of that moment; every random number comes from `generator`."""
 
-    group_size: how many trajectories share one condition. step_rewards: also score every state on the way, for the
-    objectives that ask for it. given: final states `[N, width]` of objects to walk back from, in the place of drawing
-    new ones. origin: who asked, in the table of scored objects. failed, drawn: trajectories so far whose reward failed,
-    and all of them.
-    """
-
-    policy: Policy
-    reward: Reward
-    conditions: Conditions
-    replay: Replay | None
-    generator: torch.Generator
-    group_size: int = 1
-    step_rewards: bool = False
-    given: Tensor | None = None
-    origin: str = "inline"
-    failed: int = 0
-    drawn: int = 0
+    def __init__(self, searcher: Searcher, replay: Replay | None, generator: torch.Generator) -> None:
+        super().__init__(searcher, replay)
+        self.generator = generator
 
     def collect(self, count: int, exploration: Exploration) -> Trajectories:
-        """Draw `count` trajectories; the scored ones are returned and remembered, those whose reward failed are
-        dropped.
-        """
-        scored = self.score(self.draw(count, exploration))
-        self.drawn += count
-        self.failed += count - len(scored)
-        if self.replay is not None:
-            self.replay.add(scored.select(scored.log_reward.isfinite()))  # an infinite one is the loss's to refuse
-        return scored
-
-    def draw(self, count: int, exploration: Exploration) -> Trajectories:
-        """`count` trajectories, not yet scored."""
-        condition = self.conditions.draw(count, self.group_size, self.generator)
-        if self.given is None:
-            return self.policy.sample(condition, exploration, self.generator)
-        if not isinstance(self.policy, EnvironmentPolicy):
-            raise ValueError("learning from given objects needs a policy over an environment")
-        chosen = torch.randint(len(self.given), (count,), generator=self.generator)
-        return self.policy.sample_to(self.given[chosen], condition, self.generator)
-
-    def score(self, drawn: Trajectories) -> Trajectories:
-        """Give the trajectories their log-rewards and drop those whose reward failed."""
-        origin = self.origin if self.given is None else "given"
-        scored = drawn.with_log_reward(self._ask(self.policy.objects(drawn), drawn.condition, origin))
-        failed = scored.log_reward.isnan()
-        if failed.any():
-            scored = scored.select(~failed)
-        return self.with_step_rewards(scored) if self.step_rewards else scored
-
-    def with_step_rewards(self, batch: Trajectories) -> Trajectories:
-        """Score every state on the way, as if it were finished there; trajectories where one fails are dropped."""
-        if not isinstance(self.policy, EnvironmentPolicy):
-            raise ValueError("rewards of states on the way need a policy over an environment")
-        objects = self.policy.environment.objects(batch.steps["state"])
-        step_reward = self._ask(objects, batch.condition[batch.index], f"{self.origin}, on the way")
-        scored = replace(batch, steps={**batch.steps, STEP_REWARD: step_reward})
-        failed = batch.sum(step_reward.isnan().int()) > 0
-        return scored.select(~failed) if failed.any() else scored
-
-    def _ask(self, objects: Objects, condition: Tensor, origin: str) -> Tensor:
-        """The reward, which writes down when it was asked and by whom."""
-        cache = cache_of(self.reward)
-        if cache is not None and cache.table is not None:
-            cache.table.origin, cache.table.iteration = origin, self.policy.version
-        return self.reward(objects, condition)
+        drawn = self.searcher.collect(count, exploration, self.generator)
+        self._remember(drawn)
+        return drawn.trajectories

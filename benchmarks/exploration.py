@@ -16,6 +16,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -155,7 +156,24 @@ def main(benchmark: Benchmark) -> None:
         known[grid] = {"settings": settings, **provenance(sys.argv, 0), "runs": runs}
         benchmark.out.parent.mkdir(parents=True, exist_ok=True)
         benchmark.out.write_text(json.dumps(known, indent=1) + "\n")
-    print(f"\nDeceptive hypergrid {grid}, R0 = {R0}, R1 = {R1}, R2 = {R2}\n\n{table(runs, benchmark)}")
+        benchmark.out.with_suffix(".md").write_text(page(known))
+    print(f"\n{table(runs, benchmark)}")
+
+
+def page(known: dict[str, Any]) -> str:
+    """What has been measured, as Markdown, one section a grid."""
+    sections = ["# Trajectories until every mode of the deceptive hypergrid is found"]
+    for grid, record in known.items():
+        hardware = record["hardware"]
+        sections += [
+            f"## {grid}, R0 = {R0}, R1 = {R1}, R2 = {R2}",
+            f"    python {' '.join(record['command'])}",
+            f"{hardware['cpu']}, {hardware['cores']} cores, {record['started']}, torch {record['versions']['torch']}. "
+            "Median (range) over the seeds; `>` where a run was stopped before it had found all. Reward calls are distinct "
+            "objects.",
+            table(record["runs"], Benchmark(**record["settings"])),
+        ]
+    return "\n\n".join(sections) + "\n"
 
 
 if __name__ == "__main__":

@@ -169,8 +169,7 @@ def page(known: dict[str, Any]) -> str:
             f"## {grid}, R0 = {R0}, R1 = {R1}, R2 = {R2}",
             f"    python {' '.join(record['command'])}",
             f"{hardware['cpu']}, {hardware['cores']} cores, {record['started']}, torch {record['versions']['torch']}. "
-            "Median (range) over the seeds; `>` where a run was stopped before it had found all. Reward calls are distinct "
-            "objects.",
+            "Median (range) over the seeds; `>` where a run was stopped before it had found all.",
             table(record["runs"], Benchmark(**record["settings"])),
         ]
     return "\n\n".join(sections) + "\n"

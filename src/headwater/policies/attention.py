@@ -33,17 +33,17 @@ from headwater.policies.registers import (
     turn,
 )
 
-_LONGEST = 64
-"""Beyond as many tokens, a library's products of matrices are as fast."""
+_LONGEST, _WIDEST = 64, 32
+"""Beyond as many tokens, or numbers a head, a library's products of matrices are as fast."""
 
 
 def attention(packed: Tensor, heads: int) -> Tensor:
     """packed: queries, keys and values, one third each, heads one after another within a third,
     `[N, length, 3 * width]` -> `[N, length, width]`."""
-    width = packed.shape[2] // 3
-    if packed.device.type == "cpu" and packed.dtype == torch.float32 and width % LANES == 0 and (
-        packed.shape[1] <= _LONGEST
-    ):
+    _, length, thirds = packed.shape
+    width = thirds // 3
+    fits = length <= _LONGEST and width // heads <= _WIDEST and width % LANES == 0
+    if fits and packed.device.type == "cpu" and packed.dtype == torch.float32:
         return _Attention.apply(packed, heads)  # type: ignore[no-untyped-call]
     return plain_attention(packed, heads)
 

@@ -18,6 +18,8 @@ from numba.extending import intrinsic, models, register_model
 LANES = 16
 _FLOATS, _INTEGERS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
 
+_lowered: Any = intrinsic
+
 
 class _Register(types.Type):
     def __init__(self) -> None:
@@ -41,10 +43,10 @@ def _operation(count: int, emit: Callable[..., Any]) -> Any:
         return emit(builder, *arguments)
 
     if count == 1:
-        return intrinsic(lambda typing, x: (_register(*takes), code))
+        return _lowered(lambda typing, x: (_register(*takes), code))
     if count == 2:
-        return intrinsic(lambda typing, x, y: (_register(*takes), code))
-    return intrinsic(lambda typing, x, y, z: (_register(*takes), code))
+        return _lowered(lambda typing, x, y: (_register(*takes), code))
+    return _lowered(lambda typing, x, y, z: (_register(*takes), code))
 
 
 def _constant(type_: Any, number: float) -> Any:
@@ -81,7 +83,7 @@ power_of_two = _operation(1, _emit_power_of_two)
 """2^x for x <= 0 to a relative error of 2e-7, and 0 below -126.5: bits of the exponent times a polynomial."""
 
 
-@intrinsic
+@_lowered
 def broadcast(typing, number):  # type: ignore[no-untyped-def]
     """One number in every lane."""
 
@@ -92,7 +94,7 @@ def broadcast(typing, number):  # type: ignore[no-untyped-def]
     return _register(types.float32), code
 
 
-@intrinsic
+@_lowered
 def load(typing, numbers, start):  # type: ignore[no-untyped-def]
     """Of a flat contiguous array, the numbers from `start` on."""
 
@@ -102,7 +104,7 @@ def load(typing, numbers, start):  # type: ignore[no-untyped-def]
     return _register(numbers, types.int64), code
 
 
-@intrinsic
+@_lowered
 def store(typing, numbers, start, register):  # type: ignore[no-untyped-def]
     """Into a flat contiguous array from `start` on."""
 
@@ -113,7 +115,7 @@ def store(typing, numbers, start, register):  # type: ignore[no-untyped-def]
     return types.void(numbers, types.int64, _register), code
 
 
-@intrinsic
+@_lowered
 def turn(typing, rows, start, stride, last, out, out_start):  # type: ignore[no-untyped-def]
     """Transpose LANES numbers of LANES rows, `stride` apart, into `out`, where rows follow one another; rows after the
     one numbered `last` are not read but that one again."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
@@ -32,7 +32,7 @@ _register = _Register()
 @register_model(_Register)
 class _RegisterModel(models.PrimitiveModel):
     def __init__(self, manager: Any, frontend_type: Any) -> None:
-        super().__init__(manager, frontend_type, _FLOATS)
+        super().__init__(manager, frontend_type, _FLOATS)  # type: ignore[no-untyped-call]
 
 
 def _operation(count: int, emit: Callable[..., Any]) -> Any:
@@ -55,7 +55,8 @@ def _constant(type_: Any, number: float) -> Any:
 
 def _emit_multiply_add(builder: Any, x: Any, y: Any, z: Any) -> Any:
     kind = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32"), [x, y, z])
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32")  # type: ignore[no-untyped-call]
+    return builder.call(function, [x, y, z])
 
 
 def _emit_power_of_two(builder: Any, x: Any) -> Any:
@@ -145,5 +146,5 @@ def turn(typing, rows, start, stride, last, out, out_start):  # type: ignore[no-
 
 def _place(context: Any, builder: Any, array_type: Any, array: Any, start: Any) -> Any:
     """Pointer to a register's worth of numbers."""
-    data = cgutils.create_struct_proxy(array_type)(context, builder, value=array).data
-    return builder.bitcast(builder.gep(data, [start]), _FLOATS.as_pointer())
+    fields = cgutils.create_struct_proxy(array_type)  # type: ignore[no-untyped-call]
+    return builder.bitcast(builder.gep(fields(context, builder, value=array).data, [start]), _FLOATS.as_pointer())

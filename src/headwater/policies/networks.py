@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from headwater.environments.base import Dense, Tokens
-from headwater.policies.layers import Linear, linear, perceptron, softmax
+from headwater.policies.attention import attention
+from headwater.policies.layers import Linear, linear, perceptron
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,7 @@ class MLP(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Pre-norm transformer blocks over the tokens, then the mean over positions. For the short sequences met here,
-    plain softmax attention is faster on a CPU than the fused kernel."""
+    """Pre-norm transformer blocks over the tokens, then the mean over positions."""
 
     def __init__(self, features: Tokens, width: int, layers: int, heads: int, feed_forward: int = 4) -> None:
         super().__init__()
@@ -110,11 +110,7 @@ class _Block(nn.Module):
         self.up, self.down = Linear(width, hidden), Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        count, length, width = x.shape
-        packed = self.query_key_value(self.attention_norm(x)).view(count, length, 3, self.heads, width // self.heads)
-        query, key, value = packed.permute(2, 0, 3, 1, 4)
-        attention = softmax(query @ key.transpose(-1, -2) * (width // self.heads) ** -0.5)
-        x = x + self.project((attention @ value).transpose(1, 2).reshape(count, length, width))
+        x = x + self.project(attention(self.query_key_value(self.attention_norm(x)), self.heads))
         return x + self.down(linear(self.feed_forward_norm(x), self.up.weight, self.up.bias, relu=True))
 
 

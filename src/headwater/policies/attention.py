@@ -1,0 +1,216 @@
+"""Softmax attention over short sequences on a CPU, in one native call forwards and one backwards.
+
+softmax(Q K^T / sqrt(d)) V of Vaswani et al., Attention Is All You Need (2017). For a dozen tokens and heads of eight
+numbers, PyTorch spends its time on calls, copies and softmax over rows that fill no vector register. Here sixteen
+queries of a head lie side by side, so that nothing has to be added up along a register, and what stands in unused
+places is never read. Elsewhere, and as the reference that tests compare with, it is plain.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from headwater.policies.layers import softmax
+from headwater.policies.registers import (
+    LANES,
+    add,
+    broadcast,
+    load,
+    maximum,
+    multiply,
+    multiply_add,
+    power_of_two,
+    reciprocal,
+    store,
+    subtract,
+    turn,
+)
+
+_LONGEST, _WIDEST = 64, 32
+"""Beyond as many tokens, or numbers a head, a library's products of matrices are as fast."""
+
+
+def attention(packed: Tensor, heads: int) -> Tensor:
+    """packed: queries, keys and values, one third each, heads one after another within a third,
+    `[N, length, 3 * width]` -> `[N, length, width]`."""
+    _, length, thirds = packed.shape
+    width = thirds // 3
+    fits = length <= _LONGEST and width // heads <= _WIDEST and width % LANES == 0
+    if fits and packed.device.type == "cpu" and packed.dtype == torch.float32:
+        return _Attention.apply(packed, heads)  # type: ignore[no-untyped-call]
+    return plain_attention(packed, heads)
+
+
+def plain_attention(packed: Tensor, heads: int) -> Tensor:
+    """The same in PyTorch's operations."""
+    count, length, width = packed.shape[0], packed.shape[1], packed.shape[2] // 3
+    query, key, value = packed.view(count, length, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
+    weights = softmax(query @ key.transpose(-1, -2) * (width // heads) ** -0.5)
+    return (weights @ value).transpose(1, 2).reshape(count, length, width)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, heads: int) -> Tensor:
+        packed = packed.detach().contiguous()
+        ctx.save_for_backward(packed)
+        ctx.heads = heads
+        count, length, thirds = packed.shape
+        out = packed.new_empty(count, length, thirds // 3)
+        forward, _ = _compiled(thirds // 3 // heads)
+        forward(_numbers(packed), _numbers(out), count, length, heads, _room(length, thirds // 3, 2, 1))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (packed,) = ctx.saved_tensors
+        count, length, thirds = packed.shape
+        by_packed = torch.empty_like(packed)
+        _, backward = _compiled(thirds // 3 // ctx.heads)
+        arrays = [_numbers(tensor) for tensor in (packed, gradients[0].detach().contiguous(), by_packed)]
+        backward(*arrays, count, length, ctx.heads, _room(length, thirds // 3, 5, 2))
+        return by_packed, None
+
+
+def _numbers(tensor: Tensor) -> np.ndarray:
+    return tensor.view(-1).numpy()
+
+
+def _room(length: int, width: int, by_number: int, by_key: int) -> np.ndarray:
+    """What a kernel works in. PyTorch aligns what it allocates to whole cache lines, numpy does not."""
+    places = -(-length // LANES) * LANES
+    return torch.zeros((by_number * width + by_key * LANES) * places + 2 * LANES * LANES).numpy()
+
+
+@cache
+def _compiled(width: int) -> tuple[Any, Any]:
+    """The two kernels for heads of `width` numbers: loops of a known length are what a compiler unrolls."""
+    scale = np.float32(width**-0.5)
+    to_exponent = np.float32(math.log2(math.e) * width**-0.5)
+
+    @njit(nogil=True)
+    def take(rows, start, stride, count, columns, out):  # type: ignore[no-untyped-def]
+        """The first `columns` numbers of up to LANES rows, turned so that the rows lie side by side."""
+        for column in range(0, columns, LANES):
+            turn(rows, start + column, stride, min(count, LANES) - 1, out, column * LANES)
+
+    @njit(nogil=True)
+    def put(turned, rows, start, stride, count, columns, room):  # type: ignore[no-untyped-def]
+        """The reverse of `take`."""
+        for column in range(0, columns, LANES):
+            turn(turned, column * LANES, LANES, LANES - 1, room, 0)
+            for i in range(min(count, LANES)):
+                store(rows, start + i * stride + column, load(room, i * LANES))
+
+    @njit(nogil=True)
+    def attend(query, packed, start, stride, length, weights):  # type: ignore[no-untyped-def]
+        """Exponentials of the scaled products with each key less the highest; returns one over their sums."""
+        highest = broadcast(np.float32(-np.inf))
+        for j in range(length):
+            product = multiply(load(query, 0), broadcast(packed[np.uint64(start + j * stride)]))
+            for d in range(1, width):
+                key = broadcast(packed[np.uint64(start + j * stride + d)])
+                product = multiply_add(load(query, d * LANES), key, product)
+            store(weights, j * LANES, product)
+            highest = maximum(highest, product)
+        total, factor = broadcast(np.float32(0)), broadcast(to_exponent)
+        for j in range(length):
+            weight = power_of_two(multiply(subtract(load(weights, j * LANES), highest), factor))
+            store(weights, j * LANES, weight)
+            total = add(total, weight)
+        return reciprocal(total)
+
+    @njit(nogil=True)
+    def weigh(weights, packed, start, stride, length):  # type: ignore[no-untyped-def]
+        """Numbers `start`, `start + stride` .. by the weights, added up."""
+        total = broadcast(np.float32(0))
+        for j in range(length):
+            value = broadcast(packed[np.uint64(start + j * stride)])
+            total = multiply_add(load(weights, j * LANES), value, total)
+        return total
+
+    @njit(nogil=True)
+    def forward(packed, out, count, length, heads, room):  # type: ignore[no-untyped-def]
+        whole = heads * width
+        stride = 3 * whole
+        tile, query, room = _split(room, LANES * LANES, whole * LANES)
+        result, weights, room = _split(room, whole * LANES, length * LANES)
+        for n in range(count):
+            start = n * length * stride
+            for first in range(0, length, LANES):
+                take(packed, start + first * stride, stride, length - first, whole, query)
+                for column in range(0, whole, width):
+                    head = query[column * LANES :]
+                    share = attend(head, packed, start + whole + column, stride, length, weights)
+                    for d in range(width):
+                        total = weigh(weights, packed, start + 2 * whole + column + d, stride, length)
+                        store(result, (column + d) * LANES, multiply(total, share))
+                put(result, out, (n * length + first) * whole, whole, length - first, whole, tile)
+
+    @njit(nogil=True)
+    def backward(packed, by_out, by_packed, count, length, heads, room):  # type: ignore[no-untyped-def]
+        whole = heads * width
+        stride = 3 * whole
+        places = (length + LANES - 1) // LANES * LANES
+        tile, other_tile, room = _split(room, LANES * LANES, LANES * LANES)
+        query, by_result, room = _split(room, whole * LANES, whole * LANES)
+        weights, by_product, room = _split(room, places * LANES, places * LANES)
+        by_key, by_value, by_query = _split(room, whole * places, whole * places)
+        zero, factor = broadcast(np.float32(0)), broadcast(scale)
+        for n in range(count):
+            start, out_start = n * length * stride, n * length * whole
+            for first in range(0, length, LANES):
+                in_block = min(LANES, length - first)
+                row, out_row = start + first * stride, out_start + first * whole
+                take(packed, row, stride, in_block, whole, query)
+                take(by_out, out_row, whole, in_block, whole, by_result)
+                for column in range(0, whole, width):
+                    keys, values = start + whole + column, start + 2 * whole + column
+                    share = attend(query[column * LANES :], packed, keys, stride, length, weights)
+                    mean = zero
+                    for j in range(length):
+                        gradient = zero
+                        for d in range(width):
+                            value = broadcast(packed[np.uint64(values + j * stride + d)])
+                            gradient = multiply_add(load(by_result, (column + d) * LANES), value, gradient)
+                        weight = multiply(load(weights, j * LANES), share)
+                        store(weights, j * LANES, weight)
+                        store(by_product, j * LANES, gradient)
+                        mean = multiply_add(weight, gradient, mean)
+                    for j in range(length):
+                        gradient = subtract(load(by_product, j * LANES), mean)
+                        weight = multiply(load(weights, j * LANES), factor)
+                        store(by_product, j * LANES, multiply(weight, gradient))
+                    for d in range(width):
+                        store(by_query, (column + d) * LANES, weigh(by_product, packed, keys + d, stride, length))
+                    for some in range(0, length, LANES):  # sixteen keys side by side instead
+                        turn(weights, some * LANES, LANES, LANES - 1, tile, 0)
+                        turn(by_product, some * LANES, LANES, LANES - 1, other_tile, 0)
+                        for d in range(width):
+                            place = (some * whole) + (column + d) * LANES
+                            value = weigh(tile, by_out, out_row + column + d, whole, in_block)
+                            key = weigh(other_tile, packed, row + column + d, stride, in_block)
+                            if first:
+                                value, key = add(load(by_value, place), value), add(load(by_key, place), key)
+                            store(by_value, place, value)
+                            store(by_key, place, key)
+                put(by_query, by_packed, row, stride, in_block, whole, tile)
+            for some in range(0, length, LANES):
+                row = start + some * stride + whole
+                put(by_key[some * whole :], by_packed, row, stride, length - some, whole, tile)
+                put(by_value[some * whole :], by_packed, row + whole, stride, length - some, whole, tile)
+
+    return forward, backward
+
+
+@njit(nogil=True)
+def _split(room, first, second):  # type: ignore[no-untyped-def]
+    """Two parts of it and the rest."""
+    return room[:first], room[first : first + second], room[first + second :]

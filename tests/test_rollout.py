@@ -16,7 +16,7 @@ from headwater.environments.sequences import Sequences
 from headwater.environments.sets import Sets
 from headwater.environments.slots import Slots
 from headwater.evaluation import ExactDistribution
-from headwater.policies import NO_EXPLORATION, EnvironmentPolicy, Exploration
+from headwater.policies import NO_EXPLORATION, EnvironmentPolicy, Exploration, Network
 from headwater.policies.rollout import draw
 from headwater.trajectories import Trajectories
 from helpers import random_policy, same, seeded
@@ -69,6 +69,20 @@ def test_the_native_walk_forward_is_the_tensor_walk(environment: Environment, ex
     with in_tensors(environment):
         tensor = policy.sample(empty(200), exploration, seeded(1))
     assert_same_walk(native, tensor)
+
+
+@pytest.mark.parametrize("width", [128, 160, 256])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_the_native_network_is_the_network_at_every_width_and_depth(width: int, layers: int) -> None:
+    environment = Hypergrid(3, 4)
+    torch.manual_seed(0)
+    policy = EnvironmentPolicy(environment, Network(width=width, layers=layers), "learned")
+    torch.nn.init.normal_(policy.heads.weight, std=0.3)
+    forward = policy.sample(empty(40), NO_EXPLORATION, seeded(1))  # few enough for the native network
+    backward = policy.sample_to(policy.final_states(forward), empty(40), seeded(2))
+    with in_tensors(environment):
+        assert_same_walk(forward, policy.sample(empty(40), NO_EXPLORATION, seeded(1)))
+        assert_same_walk(backward, policy.sample_to(policy.final_states(forward), empty(40), seeded(2)))
 
 
 @every_environment

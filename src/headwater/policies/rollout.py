@@ -23,15 +23,12 @@ from torch import Tensor
 
 from headwater.environments.base import Environment, Native
 from headwater.policies.base import Exploration
-from headwater.policies.native_network import NativeNetwork, logits_of_row
+from headwater.policies.native_network import MOST_ROWS, NativeNetwork, logits_of_rows
 
 Logits = Callable[[Tensor, Tensor], Tensor]
 """(states `[n, width]`, trajectory numbers `[n]`) -> logits `[n, actions or more]`; columns past the actions are
 ignored.
 """
-
-_FEW = 48
-"""Trajectories that a native network is faster for than a product of matrices."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +152,7 @@ class _Uniforms:
     """A stream of uniform random numbers from the run's generator, wherever that lives, drawn many at a time."""
 
     def __init__(self, count: int, generator: torch.Generator) -> None:
-        self.at_once = 16 * count
+        self.at_once = 64 * count
         self.generator = generator
         self.numbers = torch.empty(0)
 
@@ -185,7 +182,7 @@ class _Record:
     """Growing arrays that a walk writes its steps into, in the order in which they are taken."""
 
     def __init__(self, count: int, width: int, dtype: Any) -> None:
-        capacity = 16 * count
+        capacity = 64 * count
         self.states = np.empty((capacity, width), dtype)
         self.actions = np.empty(capacity, np.int64)
         self.ids = np.empty(capacity, np.int64)
@@ -229,7 +226,7 @@ def _native_forward(
     while live:
         uniform = uniforms.at_least(live).numpy()
         record.reserve(2 * live)
-        if network is not None and live <= _FEW:
+        if network is not None and live <= MOST_ROWS:
             left, record.filled, taken = finish(*walking, live, uniform, *rule, *record.arrays, log_prob, network)
         else:
             offered = logits(states[:live], ids[:live]).numpy()
@@ -263,7 +260,7 @@ def _native_backward(
     while live:
         uniform = uniforms.at_least(live).numpy()
         record.reserve(live)
-        if network is not None and live <= _FEW:
+        if network is not None and live <= MOST_ROWS:
             first = environment.n_actions
             left, record.filled, taken = return_(
                 *walking, live, uniform, *rule, *record.arrays, log_prob, network, first
@@ -350,8 +347,7 @@ def _compiled(forward_mask: Any, step: Any, backward_mask: Any, backward_step: A
         logits = np.empty((live, n_actions), np.float32)
         taken = 0
         while live and taken + live <= uniform.size and filled + 2 * live <= out_ids.size:
-            for i in range(live):
-                logits_of_row(network, states[i], ids[i], 0, logits[i])
+            logits_of_rows(network, states, ids, live, 0, logits)
             going = live
             live, filled = advance(
                 states, ids, live, logits, uniform[taken:], n_actions, epsilon, inverse_temperature, constants,
@@ -387,8 +383,7 @@ def _compiled(forward_mask: Any, step: Any, backward_mask: Any, backward_step: A
         logits = np.empty((live, n_actions), np.float32)
         taken = 0
         while live and taken + live <= uniform.size and filled + live <= out_ids.size:
-            for i in range(live):
-                logits_of_row(network, states[i], ids[i], first, logits[i])
+            logits_of_rows(network, states, ids, live, first, logits)
             going = live
             live, filled = retreat(
                 states, ids, live, logits, uniform[taken:], n_actions, constants,

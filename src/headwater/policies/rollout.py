@@ -13,17 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from headwater.environments.base import Environment, Native
 from headwater.policies.base import Exploration
-from headwater.policies.native_network import MOST_ROWS, NativeNetwork, logits_of_rows
+from headwater.policies.native_network import MOST_ROWS, NativeNetwork
+from headwater.policies.native_walk import kernels, pack
 
 Logits = Callable[[Tensor, Tensor], Tensor]
 """(states `[n, width]`, trajectory numbers `[n]`) -> logits `[n, actions or more]`; columns past the actions are
@@ -203,7 +202,7 @@ class _Record:
         states = np.empty((self.filled, self.states.shape[1]), self.states.dtype)
         actions = np.empty(self.filled, np.int64)
         lengths = np.zeros(count, np.int64)
-        _pack(self.states, self.actions, self.ids, self.filled, backward, states, actions, lengths)
+        pack(self.states, self.actions, self.ids, self.filled, backward, states, actions, lengths)
         return Walk(*(torch.from_numpy(array) for array in (states, actions, lengths, log_prob)))
 
 
@@ -216,7 +215,7 @@ def _native_forward(
     network: NativeNetwork | None,
 ) -> Walk:
     native = _rules(environment)
-    advance, finish, _, _ = _compiled(native.forward_mask, native.step, native.backward_mask, native.backward_step)
+    advance, finish, _, _ = kernels(native.forward_mask, native.step, native.backward_mask, native.backward_step)
     live = count = states.shape[0]
     ids = torch.arange(count)
     uniforms, record = _Uniforms(count, generator), _Record(count, environment.width, states.numpy().dtype)
@@ -245,7 +244,7 @@ def _native_backward(
     network: NativeNetwork | None,
 ) -> Walk:
     native = _rules(environment)
-    _, _, retreat, return_ = _compiled(native.forward_mask, native.step, native.backward_mask, native.backward_step)
+    _, _, retreat, return_ = kernels(native.forward_mask, native.step, native.backward_mask, native.backward_step)
     count = states.shape[0]
     going = environment.backward_mask(states).any(1)
     live = int(going.sum())
@@ -277,137 +276,3 @@ def _native_backward(
 def _rules(environment: Environment) -> Native:
     assert environment.rules is not None
     return environment.rules
-
-
-@njit(nogil=True)
-def _draw(logits, mask, n_actions, uniform, epsilon, inverse_temperature, weights):  # type: ignore[no-untyped-def]
-    """One legal action by inverse CDF, and its probability; `weights` is room for `[n_actions]`."""
-    highest, n_legal = -np.inf, 0
-    for a in range(n_actions):
-        if mask[a]:
-            n_legal += 1
-            highest = max(highest, logits[a] * inverse_temperature)
-    total = 0.0
-    for a in range(n_actions):
-        if mask[a]:
-            weights[a] = np.exp(np.float32(logits[a] * inverse_temperature - highest))
-            total += weights[a]
-    cumulative, action, probability = 0.0, -1, 0.0
-    for a in range(n_actions):
-        if mask[a]:
-            action = a
-            probability = (1 - epsilon) * weights[a] / total + epsilon / n_legal
-            cumulative += probability
-            if cumulative > uniform:
-                break
-    return action, probability
-
-
-@cache
-def _compiled(forward_mask: Any, step: Any, backward_mask: Any, backward_step: Any) -> tuple[Any, Any, Any, Any]:
-    """The kernels for one environment's rules, compiled at their first call: a step forward, all steps forward with a
-    native network, and the same two backward. Those of all steps stop early where random numbers or room run out, and
-    say how many numbers they took.
-    """
-
-    @njit(nogil=True)
-    def advance(  # type: ignore[no-untyped-def]
-        states, ids, live, logits, uniform, n_actions, epsilon, inverse_temperature, constants,
-        out_states, out_actions, out_ids, filled, log_prob,
-    ):  # fmt: skip
-        exit_action = n_actions - 1
-        mask, weights = np.empty(n_actions, np.bool_), np.empty(n_actions, np.float32)
-        kept = 0
-        for i in range(live):
-            forward_mask(states[i], constants, mask)
-            action, probability = _draw(logits[i], mask, n_actions, uniform[i], epsilon, inverse_temperature, weights)
-            log_prob[ids[i]] += np.log(probability)
-            out_states[filled], out_actions[filled], out_ids[filled] = states[i], action, ids[i]
-            filled += 1
-            if action == exit_action:
-                continue
-            step(states[i], action, constants)
-            forward_mask(states[i], constants, mask)
-            only_exit = mask[exit_action]
-            for a in range(exit_action):
-                only_exit = only_exit and not mask[a]
-            if only_exit:
-                out_states[filled], out_actions[filled], out_ids[filled] = states[i], exit_action, ids[i]
-                filled += 1
-            else:
-                states[kept], ids[kept] = states[i], ids[i]
-                kept += 1
-        return kept, filled
-
-    @njit(nogil=True)
-    def finish(  # type: ignore[no-untyped-def]
-        states, ids, live, uniform, n_actions, epsilon, inverse_temperature, constants,
-        out_states, out_actions, out_ids, filled, log_prob, network,
-    ):  # fmt: skip
-        logits = np.empty((live, n_actions), np.float32)
-        taken = 0
-        while live and taken + live <= uniform.size and filled + 2 * live <= out_ids.size:
-            logits_of_rows(network, states, ids, live, 0, logits)
-            going = live
-            live, filled = advance(
-                states, ids, live, logits, uniform[taken:], n_actions, epsilon, inverse_temperature, constants,
-                out_states, out_actions, out_ids, filled, log_prob,
-            )  # fmt: skip
-            taken += going
-        return live, filled, taken
-
-    @njit(nogil=True)
-    def retreat(  # type: ignore[no-untyped-def]
-        states, ids, live, logits, uniform, n_actions, constants, out_states, out_actions, out_ids, filled, log_prob
-    ):
-        mask, weights = np.empty(n_actions, np.bool_), np.empty(n_actions, np.float32)
-        kept = 0
-        for i in range(live):
-            backward_mask(states[i], constants, mask)
-            backward_action, probability = _draw(logits[i], mask, n_actions, uniform[i], 0.0, 1.0, weights)
-            log_prob[ids[i]] += np.log(probability)
-            out_actions[filled] = backward_step(states[i], backward_action, constants)
-            out_states[filled], out_ids[filled] = states[i], ids[i]
-            filled += 1
-            backward_mask(states[i], constants, mask)
-            if mask.any():
-                states[kept], ids[kept] = states[i], ids[i]
-                kept += 1
-        return kept, filled
-
-    @njit(nogil=True)
-    def return_(  # type: ignore[no-untyped-def]
-        states, ids, live, uniform, n_actions, constants, out_states, out_actions, out_ids, filled, log_prob, network,
-        first,
-    ):  # fmt: skip
-        logits = np.empty((live, n_actions), np.float32)
-        taken = 0
-        while live and taken + live <= uniform.size and filled + live <= out_ids.size:
-            logits_of_rows(network, states, ids, live, first, logits)
-            going = live
-            live, filled = retreat(
-                states, ids, live, logits, uniform[taken:], n_actions, constants,
-                out_states, out_actions, out_ids, filled, log_prob,
-            )  # fmt: skip
-            taken += going
-        return live, filled, taken
-
-    return advance, finish, retreat, return_
-
-
-@njit(nogil=True)
-def _pack(states, actions, ids, filled, backward, out_states, out_actions, lengths):  # type: ignore[no-untyped-def]
-    """Move time-ordered steps to trajectory order; a walk backward was recorded in reverse."""
-    for i in range(filled):
-        lengths[ids[i]] += 1
-    position = np.empty_like(lengths)
-    start = 0
-    for t in range(lengths.size):
-        position[t] = start
-        start += lengths[t]
-        if backward:
-            position[t] = start - 1
-    for i in range(filled):
-        row = position[ids[i]]
-        out_states[row], out_actions[row] = states[i], actions[i]
-        position[ids[i]] += -1 if backward else 1

@@ -128,6 +128,14 @@ def rows(folder: Path) -> list[Row]:
         return table.best()
 
 
+def score_all(made: Trainer, folder: Path) -> None:
+    for _ in range(1000):
+        made.update()
+        if len(rows(folder)) == 36:  # all objects that there are
+            return
+    raise AssertionError("objects are missing in the table")
+
+
 def kill_both(made: Trainer) -> None:
     assert isinstance(made.search, AsynchronousSearch)
     assert isinstance(made.search._runtime, Processes)
@@ -157,8 +165,7 @@ def test_workers_write_down_who_asked_and_when_and_calls_are_counted_over_all_of
 def test_what_one_worker_has_scored_no_other_pays_for_again(tmp_path: Path) -> None:
     cached, paid = kept(tmp_path)
     made = trainer(cached, iterations=10_000)
-    while len(rows(tmp_path)) < 36:  # all objects that there are
-        made.update()
+    score_all(made, tmp_path)
     first = paid.objects
     kill_both(made)
     for _ in range(20):
@@ -172,8 +179,7 @@ def test_what_one_worker_has_scored_no_other_pays_for_again(tmp_path: Path) -> N
 def test_what_a_former_life_paid_for_is_counted_once_however_many_workers_meet_it(tmp_path: Path) -> None:
     cached, _ = kept(tmp_path)
     first = trainer(cached, iterations=10_000)
-    while len(rows(tmp_path)) < 36:
-        first.update()
+    score_all(first, tmp_path)
     first.search.close()
     cached, paid = kept(tmp_path, resumed_at=0)
     before = len(paid.objects)

@@ -42,7 +42,8 @@ def attention(packed: Tensor, heads: int) -> Tensor:
     `[N, length, 3 * width]` -> `[N, length, width]`."""
     _, length, thirds = packed.shape
     width = thirds // 3
-    fits = length <= _LONGEST and width // heads <= _WIDEST and width % LANES == 0
+    head_width = width // heads
+    fits = length <= _LONGEST and head_width <= _WIDEST and head_width % 4 == 0 and width % LANES == 0
     if fits and packed.device.type == "cpu" and packed.dtype == torch.float32:
         return _Attention.apply(packed, heads)  # type: ignore[no-untyped-call]
     return plain_attention(packed, heads)
@@ -110,16 +111,22 @@ def _compiled(width: int) -> tuple[Any, Any]:
                 store(rows, start + i * stride + column, load(room, i * LANES))
 
     @njit(nogil=True)
+    def compare(turned, rows, start, stride, count, out):  # type: ignore[no-untyped-def]
+        """Products of what stands in the lanes with each of the rows, and the highest of them."""
+        highest = broadcast(np.float32(-np.inf))
+        for j in range(count):
+            product = multiply(load(turned, 0), broadcast(rows[np.uint64(start + j * stride)]))
+            for number in range(1, width):
+                x = broadcast(rows[np.uint64(start + j * stride + number)])
+                product = multiply_add(load(turned, number * LANES), x, product)
+            store(out, j * LANES, product)
+            highest = maximum(highest, product)
+        return highest
+
+    @njit(nogil=True)
     def attend(query, packed, start, stride, length, weights):  # type: ignore[no-untyped-def]
         """Exponentials of the scaled products with each key less the highest; returns one over their sums."""
-        highest = broadcast(np.float32(-np.inf))
-        for j in range(length):
-            product = multiply(load(query, 0), broadcast(packed[np.uint64(start + j * stride)]))
-            for d in range(1, width):
-                key = broadcast(packed[np.uint64(start + j * stride + d)])
-                product = multiply_add(load(query, d * LANES), key, product)
-            store(weights, j * LANES, product)
-            highest = maximum(highest, product)
+        highest = compare(query, packed, start, stride, length, weights)
         total, factor = broadcast(np.float32(0)), broadcast(to_exponent)
         for j in range(length):
             weight = power_of_two(multiply(subtract(load(weights, j * LANES), highest), factor))
@@ -128,20 +135,27 @@ def _compiled(width: int) -> tuple[Any, Any]:
         return reciprocal(total)
 
     @njit(nogil=True)
-    def weigh(weights, packed, start, stride, length):  # type: ignore[no-untyped-def]
-        """Numbers `start`, `start + stride` .. by the weights, added up."""
-        total = broadcast(np.float32(0))
-        for j in range(length):
-            value = broadcast(packed[np.uint64(start + j * stride)])
-            total = multiply_add(load(weights, j * LANES), value, total)
-        return total
+    def weigh(weights, rows, start, stride, count, factor, more, out):  # type: ignore[no-untyped-def]
+        """The rows by their weights, added up, times the factor, into `out` or, if more, to what is there."""
+        for number in range(0, width, 4):
+            a = b = c = d = broadcast(np.float32(0))
+            for j in range(count):
+                weight, place = load(weights, j * LANES), start + j * stride + number
+                a = multiply_add(weight, broadcast(rows[np.uint64(place)]), a)
+                b = multiply_add(weight, broadcast(rows[np.uint64(place + 1)]), b)
+                c = multiply_add(weight, broadcast(rows[np.uint64(place + 2)]), c)
+                d = multiply_add(weight, broadcast(rows[np.uint64(place + 3)]), d)
+            for k, total in enumerate((a, b, c, d)):
+                place = (number + k) * LANES
+                before = load(out, place) if more else broadcast(np.float32(0))
+                store(out, place, multiply_add(total, factor, before))
 
     @njit(nogil=True)
     def forward(packed, out, count, length, heads, room):  # type: ignore[no-untyped-def]
         whole = heads * width
         stride = 3 * whole
         tile, query, room = _split(room, LANES * LANES, whole * LANES)
-        result, weights, room = _split(room, whole * LANES, length * LANES)
+        result, weights, _ = _split(room, whole * LANES, length * LANES)
         for n in range(count):
             start = n * length * stride
             for first in range(0, length, LANES):
@@ -149,9 +163,8 @@ def _compiled(width: int) -> tuple[Any, Any]:
                 for column in range(0, whole, width):
                     head = query[column * LANES :]
                     share = attend(head, packed, start + whole + column, stride, length, weights)
-                    for d in range(width):
-                        total = weigh(weights, packed, start + 2 * whole + column + d, stride, length)
-                        store(result, (column + d) * LANES, multiply(total, share))
+                    values, head = start + 2 * whole + column, result[column * LANES :]
+                    weigh(weights, packed, values, stride, length, share, False, head)
                 put(result, out, (n * length + first) * whole, whole, length - first, whole, tile)
 
     @njit(nogil=True)
@@ -163,7 +176,7 @@ def _compiled(width: int) -> tuple[Any, Any]:
         query, by_result, room = _split(room, whole * LANES, whole * LANES)
         weights, by_product, room = _split(room, places * LANES, places * LANES)
         by_key, by_value, by_query = _split(room, whole * places, whole * places)
-        zero, factor = broadcast(np.float32(0)), broadcast(scale)
+        zero, one, factor = broadcast(np.float32(0)), broadcast(np.float32(1)), broadcast(scale)
         for n in range(count):
             start, out_start = n * length * stride, n * length * whole
             for first in range(0, length, LANES):
@@ -174,33 +187,22 @@ def _compiled(width: int) -> tuple[Any, Any]:
                 for column in range(0, whole, width):
                     keys, values = start + whole + column, start + 2 * whole + column
                     share = attend(query[column * LANES :], packed, keys, stride, length, weights)
+                    compare(by_result[column * LANES :], packed, values, stride, length, by_product)
                     mean = zero
                     for j in range(length):
-                        gradient = zero
-                        for d in range(width):
-                            value = broadcast(packed[np.uint64(values + j * stride + d)])
-                            gradient = multiply_add(load(by_result, (column + d) * LANES), value, gradient)
                         weight = multiply(load(weights, j * LANES), share)
                         store(weights, j * LANES, weight)
-                        store(by_product, j * LANES, gradient)
-                        mean = multiply_add(weight, gradient, mean)
+                        mean = multiply_add(weight, load(by_product, j * LANES), mean)
                     for j in range(length):
                         gradient = subtract(load(by_product, j * LANES), mean)
-                        weight = multiply(load(weights, j * LANES), factor)
-                        store(by_product, j * LANES, multiply(weight, gradient))
-                    for d in range(width):
-                        store(by_query, (column + d) * LANES, weigh(by_product, packed, keys + d, stride, length))
-                    for some in range(0, length, LANES):  # sixteen keys side by side instead
+                        store(by_product, j * LANES, multiply(load(weights, j * LANES), gradient))
+                    weigh(by_product, packed, keys, stride, length, factor, False, by_query[column * LANES :])
+                    for some in range(0, length, LANES):  # keys side by side instead of queries
                         turn(weights, some * LANES, LANES, LANES - 1, tile, 0)
                         turn(by_product, some * LANES, LANES, LANES - 1, other_tile, 0)
-                        for d in range(width):
-                            place = (some * whole) + (column + d) * LANES
-                            value = weigh(tile, by_out, out_row + column + d, whole, in_block)
-                            key = weigh(other_tile, packed, row + column + d, stride, in_block)
-                            if first:
-                                value, key = add(load(by_value, place), value), add(load(by_key, place), key)
-                            store(by_value, place, value)
-                            store(by_key, place, key)
+                        place, more = some * whole + column * LANES, first > 0
+                        weigh(tile, by_out, out_row + column, whole, in_block, one, more, by_value[place:])
+                        weigh(other_tile, packed, row + column, stride, in_block, factor, more, by_key[place:])
                 put(by_query, by_packed, row, stride, in_block, whole, tile)
             for some in range(0, length, LANES):
                 row = start + some * stride + whole

@@ -162,7 +162,7 @@ def identity(states: Tensor) -> Tensor:
 _SEED, _FACTOR = 0x51_7C_C1_B7_27_22_0A_95, 0x2545F4914F6CDD1D
 
 
-@njit(nogil=True)
+@njit(cache=True, nogil=True)
 def _hash_rows(states, out):  # type: ignore[no-untyped-def]
     for i in range(states.shape[0]):
         value = np.int64(_SEED)

@@ -212,7 +212,7 @@ def _compiled(width: int) -> tuple[Any, Any]:
     return forward, backward
 
 
-@njit(nogil=True)
+@njit(cache=True, nogil=True)
 def _split(room, first, second):  # type: ignore[no-untyped-def]
     """Two parts of it and the rest."""
     return room[:first], room[first : first + second], room[first + second :]

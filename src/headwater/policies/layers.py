@@ -192,7 +192,7 @@ def _stacked(layers: list[Tensor], like: Tensor) -> Tensor:
     return torch.stack(layers) if layers else torch.zeros_like(like)
 
 
-@njit(nogil=True)
+@njit(cache=True, nogil=True)
 def _add_rows(tokens, offsets, table, out):  # type: ignore[no-untyped-def]
     """Add the tokens' rows to the first ones of `out`, and ReLU."""
     for n in range(tokens.shape[0]):
@@ -204,7 +204,7 @@ def _add_rows(tokens, offsets, table, out):  # type: ignore[no-untyped-def]
             out[n, k] = max(out[n, k], np.float32(0))
 
 
-@njit(nogil=True)
+@njit(cache=True, nogil=True)
 def _scatter_rows(tokens, offsets, gradient, out):  # type: ignore[no-untyped-def]
     for n in range(tokens.shape[0]):
         for place in range(tokens.shape[1]):

@@ -64,7 +64,7 @@ class _StepLogProbs(torch.autograd.Function):
         return by_output, *(None for _ in range(7))
 
 
-@njit(nogil=True)
+@njit(cache=True, nogil=True)
 def _softmax(row, mask, first, out):  # type: ignore[no-untyped-def]
     """Softmax over the legal ones of the outputs from `first` on into the same places of `out`, 0 for the others;
     returns the log of their summed exponentials.
@@ -111,7 +111,7 @@ def _compiled(forward_mask: Any, backward_mask: Any) -> Any:
     return forward
 
 
-@njit(nogil=True)
+@njit(cache=True, nogil=True)
 def _gradient(  # type: ignore[no-untyped-def]
     probabilities, actions, undo, by_taken, by_backward, by_exit, n_actions, learned, out
 ):

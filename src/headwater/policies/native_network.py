@@ -63,7 +63,7 @@ def native_network(torso: object, heads: Linear, condition: Tensor | None) -> Na
     return NativeNetwork(torso.offsets.numpy(), *arrays)
 
 
-@njit(nogil=True, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def logits_of_rows(network, states, ids, live, first, out):  # type: ignore[no-untyped-def]
     """Outputs `first .. first + out.shape[1]` for the first `live` states' tokens into `out`; `ids` are the
     trajectories'.
@@ -104,7 +104,7 @@ def logits_of_rows(network, states, ids, live, first, out):  # type: ignore[no-u
             out[i, k] = total
 
 
-@njit(nogil=True)
+@njit(cache=True, nogil=True)
 def _add_rows(weight, x, chosen, y):  # type: ignore[no-untyped-def]
     """Add the chosen rows of `weight` (flat), each times its entry of `x`, to y: 128 sums stay in registers while the
     rows go by.
@@ -139,7 +139,7 @@ def _add_rows(weight, x, chosen, y):  # type: ignore[no-untyped-def]
                 y[k] += value * weight[row + k]
 
 
-@njit(nogil=True)
+@njit(cache=True, nogil=True)
 def _positive(x, active):  # type: ignore[no-untyped-def]
     """Write the places of the positive entries to the front of `active`; returns how many there are."""
     count = 0

@@ -13,7 +13,7 @@ from numba import njit
 from headwater.policies.native_network import logits_of_rows
 
 
-@njit(nogil=True)
+@njit(cache=True, nogil=True)
 def _draw(logits, mask, n_actions, uniform, epsilon, inverse_temperature, weights):  # type: ignore[no-untyped-def]
     """One legal action by inverse CDF, and its probability; `weights` is room for `[n_actions]`."""
     highest, n_legal = -np.inf, 0
@@ -129,7 +129,7 @@ def kernels(forward_mask: Any, step: Any, backward_mask: Any, backward_step: Any
     return advance, finish, retreat, return_
 
 
-@njit(nogil=True)
+@njit(cache=True, nogil=True)
 def pack(states, actions, ids, filled, backward, out_states, out_actions, lengths):  # type: ignore[no-untyped-def]
     """Move time-ordered steps to trajectory order; a walk backward was recorded in reverse."""
     for i in range(filled):

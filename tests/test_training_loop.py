@@ -138,9 +138,13 @@ def test_ctrl_c_ends_the_iteration_with_a_checkpoint_and_gives_the_signal_back(t
 
 
 def test_a_second_ctrl_c_stops_at_once() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
     trainer = loop_trainer(reward=Watched(9, lambda log_reward: interrupt(interrupt(log_reward))))
-    with pytest.raises(KeyboardInterrupt):
-        trainer.run(progress_bar=False)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            trainer.run(progress_bar=False)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert trainer.iteration == 8
 
 

@@ -16,8 +16,9 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
+
+from headwater.native import kept_njit
 
 Objects: TypeAlias = Tensor | Sequence[object]
 """T finished objects: a tensor `[T, ...]` or a sequence of T Python objects (strings, tuples)."""
@@ -162,7 +163,7 @@ def identity(states: Tensor) -> Tensor:
 _SEED, _FACTOR = 0x51_7C_C1_B7_27_22_0A_95, 0x2545F4914F6CDD1D
 
 
-@njit(cache=True, nogil=True)
+@kept_njit()
 def _hash_rows(states, out):  # type: ignore[no-untyped-def]
     for i in range(states.shape[0]):
         value = np.int64(_SEED)

@@ -17,6 +17,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from headwater.native import kept_njit
 from headwater.policies.layers import softmax
 from headwater.policies.registers import (
     LANES,
@@ -212,7 +213,7 @@ def _compiled(width: int) -> tuple[Any, Any]:
     return forward, backward
 
 
-@njit(cache=True, nogil=True)
+@kept_njit()
 def _split(room, first, second):  # type: ignore[no-untyped-def]
     """Two parts of it and the rest."""
     return room[:first], room[first : first + second], room[first + second :]

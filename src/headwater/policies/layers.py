@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor, nn
 from torch.nn import functional
+
+from headwater.native import kept_njit
 
 _FEWEST_ROWS = 24
 """Below, a product is too small for its library to matter."""
@@ -192,7 +193,7 @@ def _stacked(layers: list[Tensor], like: Tensor) -> Tensor:
     return torch.stack(layers) if layers else torch.zeros_like(like)
 
 
-@njit(cache=True, nogil=True)
+@kept_njit()
 def _add_rows(tokens, offsets, table, out):  # type: ignore[no-untyped-def]
     """Add the tokens' rows to the first ones of `out`, and ReLU."""
     for n in range(tokens.shape[0]):
@@ -204,7 +205,7 @@ def _add_rows(tokens, offsets, table, out):  # type: ignore[no-untyped-def]
             out[n, k] = max(out[n, k], np.float32(0))
 
 
-@njit(cache=True, nogil=True)
+@kept_njit()
 def _scatter_rows(tokens, offsets, gradient, out):  # type: ignore[no-untyped-def]
     for n in range(tokens.shape[0]):
         for place in range(tokens.shape[1]):

@@ -15,6 +15,7 @@ from numba import njit
 from torch import Tensor
 
 from headwater.environments.base import Environment, Native
+from headwater.native import kept_njit
 
 MOST_ACTIONS = 256
 """Beyond, PyTorch's vectorised exponential is worth more than saved calls."""
@@ -60,11 +61,11 @@ class _StepLogProbs(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         arrays = [tensor.detach().contiguous().numpy() for tensor in (*ctx.saved_tensors, *gradients)]
         by_output = torch.empty(ctx.saved_tensors[0].shape)
-        _gradient(*arrays, *ctx.rule, by_output.numpy())  # type: ignore[call-arg]
+        _gradient(*arrays, *ctx.rule, by_output.numpy())
         return by_output, *(None for _ in range(7))
 
 
-@njit(cache=True, nogil=True)
+@kept_njit()
 def _softmax(row, mask, first, out):  # type: ignore[no-untyped-def]
     """Softmax over the legal ones of the outputs from `first` on into the same places of `out`, 0 for the others;
     returns the log of their summed exponentials.
@@ -111,7 +112,7 @@ def _compiled(forward_mask: Any, backward_mask: Any) -> Any:
     return forward
 
 
-@njit(cache=True, nogil=True)
+@kept_njit()
 def _gradient(  # type: ignore[no-untyped-def]
     probabilities, actions, undo, by_taken, by_backward, by_exit, n_actions, learned, out
 ):

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from headwater.native import kept_njit
 from headwater.policies.layers import Linear
 from headwater.policies.networks import MLP
 from headwater.policies.registers import LANES, broadcast, load, multiply_add, store
@@ -63,7 +63,7 @@ def native_network(torso: object, heads: Linear, condition: Tensor | None) -> Na
     return NativeNetwork(torso.offsets.numpy(), *arrays)
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@kept_njit(fastmath=True)
 def logits_of_rows(network, states, ids, live, first, out):  # type: ignore[no-untyped-def]
     """Outputs `first .. first + out.shape[1]` for the first `live` states' tokens into `out`; `ids` are the
     trajectories'.
@@ -104,7 +104,7 @@ def logits_of_rows(network, states, ids, live, first, out):  # type: ignore[no-u
             out[i, k] = total
 
 
-@njit(cache=True, nogil=True)
+@kept_njit()
 def _add_rows(weight, x, chosen, y):  # type: ignore[no-untyped-def]
     """Add the chosen rows of `weight` (flat), each times its entry of `x`, to y: 128 sums stay in registers while the
     rows go by.
@@ -139,7 +139,7 @@ def _add_rows(weight, x, chosen, y):  # type: ignore[no-untyped-def]
                 y[k] += value * weight[row + k]
 
 
-@njit(cache=True, nogil=True)
+@kept_njit()
 def _positive(x, active):  # type: ignore[no-untyped-def]
     """Write the places of the positive entries to the front of `active`; returns how many there are."""
     count = 0

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from headwater.native import kept_njit
 from headwater.policies.native_network import logits_of_rows
 
 
-@njit(cache=True, nogil=True)
+@kept_njit()
 def _draw(logits, mask, n_actions, uniform, epsilon, inverse_temperature, weights):  # type: ignore[no-untyped-def]
     """One legal action by inverse CDF, and its probability; `weights` is room for `[n_actions]`."""
     highest, n_legal = -np.inf, 0
@@ -129,7 +130,7 @@ def kernels(forward_mask: Any, step: Any, backward_mask: Any, backward_step: Any
     return advance, finish, retreat, return_
 
 
-@njit(cache=True, nogil=True)
+@kept_njit()
 def pack(states, actions, ids, filled, backward, out_states, out_actions, lengths):  # type: ignore[no-untyped-def]
     """Move time-ordered steps to trajectory order; a walk backward was recorded in reverse."""
     for i in range(filled):

@@ -10,10 +10,10 @@ import math
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
+from headwater.native import kept_njit
 from headwater.replay.sorted_keys import reserve
 
 _FIRST = 1 << 10  # pages of the first slab; of slab i > 0, 2^(i - 1) times as many
@@ -86,7 +86,7 @@ def _as_bytes(tensor: Tensor) -> NDArray[np.uint8]:
     return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
-@njit(nogil=True, cache=True)
+@kept_njit()
 def _find(page):  # type: ignore[no-untyped-def]
     """The slab of a page, and its number there."""
     if page < _FIRST:
@@ -97,7 +97,7 @@ def _find(page):  # type: ignore[no-untyped-def]
     return slab, page - (_FIRST << (slab - 1))
 
 
-@njit(nogil=True, cache=True)
+@kept_njit()
 def _take(following, sizes, counts, first):  # type: ignore[no-untyped-def]
     """Chain `counts[i]` free pages for each i; `first` takes the first of each chain."""
     for i in range(counts.size):
@@ -118,7 +118,7 @@ def _take(following, sizes, counts, first):  # type: ignore[no-untyped-def]
             slab, place = _find(page)
 
 
-@njit(nogil=True, cache=True)
+@kept_njit()
 def _give_back(following, sizes, counts, first):  # type: ignore[no-untyped-def]
     """Put each chain, `counts[i]` pages from `first[i]` on, before the free ones."""
     for i in range(counts.size):
@@ -130,7 +130,7 @@ def _give_back(following, sizes, counts, first):  # type: ignore[no-untyped-def]
         sizes[_FREED] += counts[i]
 
 
-@njit(nogil=True, cache=True)
+@kept_njit()
 def _copy(slabs, following, page, first, lengths, packed, write):  # type: ignore[no-untyped-def]
     """Copy the bytes of each trajectory from `packed` to its pages, or from its pages to `packed`."""
     step_bytes = slabs[0].shape[1] // page

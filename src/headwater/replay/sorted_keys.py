@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
+
+from headwater.native import kept_njit
 
 _BLOCK = 128  # keys: 1 KiB, short to shift, and few enough blocks to count through
 _MERGE = 3 * _BLOCK // 4  # neighbours that together hold no more become one
@@ -65,7 +66,7 @@ def reserve(*shape: int, dtype: torch.dtype = torch.int64) -> np.ndarray:
     return torch.empty(shape, dtype=dtype).numpy()
 
 
-@njit(nogil=True, cache=True)
+@kept_njit()
 def _place(low, used, key):  # type: ignore[no-untyped-def]
     """The place of the block where `key` belongs: the last whose lowest key is not above it, or the first."""
     first, last = 0, used
@@ -78,7 +79,7 @@ def _place(low, used, key):  # type: ignore[no-untyped-def]
     return max(first - 1, 0)
 
 
-@njit(nogil=True, cache=True)
+@kept_njit()
 def _within(row, count, key):  # type: ignore[no-untyped-def]
     """How many of the first `count` keys of `row` are lower than `key`."""
     first, last = 0, count
@@ -91,7 +92,7 @@ def _within(row, count, key):  # type: ignore[no-untyped-def]
     return first
 
 
-@njit(nogil=True, cache=True)
+@kept_njit()
 def _open(block, count, low, spare, sizes, place):  # type: ignore[no-untyped-def]
     """Make room for a block at `place`, empty."""
     for i in range(sizes[_USED], place, -1):
@@ -106,7 +107,7 @@ def _open(block, count, low, spare, sizes, place):  # type: ignore[no-untyped-de
     count[place] = 0
 
 
-@njit(nogil=True, cache=True)
+@kept_njit()
 def _close(block, count, low, spare, sizes, place):  # type: ignore[no-untyped-def]
     """Take the block at `place` out of the order."""
     spare[sizes[_SPARE]] = block[place]
@@ -116,7 +117,7 @@ def _close(block, count, low, spare, sizes, place):  # type: ignore[no-untyped-d
         block[i], count[i], low[i] = block[i + 1], count[i + 1], low[i + 1]
 
 
-@njit(nogil=True, cache=True)
+@kept_njit()
 def _merge(keys, block, count, low, spare, sizes, place):  # type: ignore[no-untyped-def]
     """Make one of the blocks at `place` and after it, if both are there and hold few keys."""
     if place < 0 or place + 1 >= sizes[_USED] or count[place] + count[place + 1] > _MERGE:
@@ -129,7 +130,7 @@ def _merge(keys, block, count, low, spare, sizes, place):  # type: ignore[no-unt
     _close(block, count, low, spare, sizes, place + 1)
 
 
-@njit(nogil=True, cache=True)
+@kept_njit()
 def _split(keys, block, count, low, spare, sizes, place):  # type: ignore[no-untyped-def]
     """Halve the full block at `place`."""
     _open(block, count, low, spare, sizes, place + 1)
@@ -143,7 +144,7 @@ def _split(keys, block, count, low, spare, sizes, place):  # type: ignore[no-unt
     _merge(keys, block, count, low, spare, sizes, place - 1)
 
 
-@njit(nogil=True, cache=True)
+@kept_njit()
 def _add(keys, block, count, low, spare, sizes, new):  # type: ignore[no-untyped-def]
     for key in new:
         place = _place(low, sizes[_USED], key)
@@ -165,7 +166,7 @@ def _add(keys, block, count, low, spare, sizes, new):  # type: ignore[no-untyped
         low[place] = row[0]
 
 
-@njit(nogil=True, cache=True)
+@kept_njit()
 def _remove(keys, block, count, low, spare, sizes, old):  # type: ignore[no-untyped-def]
     for key in old:
         place = _place(low, sizes[_USED], key)
@@ -181,7 +182,7 @@ def _remove(keys, block, count, low, spare, sizes, old):  # type: ignore[no-unty
             _merge(keys, block, count, low, spare, sizes, place - 1)
 
 
-@njit(nogil=True, cache=True)
+@kept_njit()
 def _at(keys, block, count, low, spare, sizes, positions):  # type: ignore[no-untyped-def]
     ends = np.cumsum(count[: sizes[_USED]])
     found = np.empty(positions.size, np.int64)
@@ -191,7 +192,7 @@ def _at(keys, block, count, low, spare, sizes, positions):  # type: ignore[no-un
     return found
 
 
-@njit(nogil=True, cache=True)
+@kept_njit()
 def _below(keys, block, count, low, spare, sizes, wanted):  # type: ignore[no-untyped-def]
     ends = np.cumsum(count[: sizes[_USED]])
     found = np.zeros(wanted.size, np.int64)

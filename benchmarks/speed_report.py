@@ -93,7 +93,7 @@ def _training(rows: list[Row]) -> str:
             ])  # fmt: skip
     return (
         "## Whole training runs\n\nHypergrid 20^4, trajectory balance, Adam 1e-3 (log Z 0.1), uniform actions from 10 "
-        "per cent to none over the first 48 of the run.\n\n" + _table(head, lines)
+        "per cent to none over the first 48 per cent of the run.\n\n" + _table(head, lines)
     )
 
 

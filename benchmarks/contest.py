@@ -7,6 +7,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -54,11 +55,9 @@ class Worker:
     def ask(self, **request: object) -> dict[str, Any]:
         """Send one request and wait for its answer. Raises RuntimeError with the last words of a process that died."""
         assert self._process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):  # that it has died, and of what, is for `_read` to say
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # the answer says why
         return self._read()
 
     def milliseconds(self, iterations: int) -> tuple[float, float]:

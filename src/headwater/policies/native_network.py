@@ -57,7 +57,7 @@ def native_network(torso: object, heads: Linear, condition: Tensor | None) -> Na
     added = torso.bias.new_empty(0, len(torso.bias)) if condition is None else condition
     if any(tensor.device.type != "cpu" or str(tensor.dtype) != "torch.float32" for tensor in [*tensors, added]):
         return None
-    # What PyTorch allocates is aligned to whole cache lines, which makes the loops below half as long again as fast.
+    # What PyTorch allocates is aligned to whole cache lines, and the loops below are slower on arrays that are not.
     room = torch.empty(2, MOST_ROWS, len(torso.bias))
     arrays = [tensor.detach().contiguous().numpy() for tensor in [*tensors, added, room]]
     return NativeNetwork(torso.offsets.numpy(), *arrays)

@@ -19,7 +19,7 @@ from torch import Tensor
 from headwater.environments.base import Environment
 from headwater.environments.graph import enumerate_states
 from headwater.objectives import path_log_ratio
-from headwater.policies.base import NO_EXPLORATION, Policy
+from headwater.policies.base import NO_EXPLORATION, Policy, StatePolicy
 from headwater.policies.environment_policy import EnvironmentPolicy, RelativePolicy
 from headwater.reward import Reward
 from headwater.trajectories import Trajectories
@@ -64,7 +64,7 @@ class ExactDistribution:
         """Log-probability of every object under the sampler, by dynamic programming over all states: float64
         `[objects]`.
         """
-        network = _environment_policy(policy)
+        network = _state_policy(policy)
         with torch.no_grad():
             parts = [network.action_log_probs(part, self.condition) for part in torch.split(self.graph.states, _CHUNK)]
         log_probs = torch.cat(parts).double()
@@ -148,7 +148,7 @@ def bounds(
     }
     if exact is not None:
         states = exact.sample(count, generator)
-        walked = _environment_policy(policy).sample_to(states, asked, generator)
+        walked = _state_policy(policy).sample_to(states, asked, generator)
         walked = walked.with_log_reward(reward(policy.objects(walked), asked))
         figures["eubo"] = float(_log_weights(policy, walked).mean())
     return figures
@@ -162,12 +162,12 @@ def log_prob_of_states(
     log of the mean over `walks` backward walks of P_F / P_B; exact where an object has one trajectory, which then is
     walked once.
     """
-    environment_policy = _environment_policy(policy)
+    state_policy = _state_policy(policy)
 
     def walk(rows: Tensor) -> Trajectories:
-        return environment_policy.sample_to(states[rows], condition[rows], generator)
+        return state_policy.sample_to(states[rows], condition[rows], generator)
 
-    return _log_prob(environment_policy, walk, len(states), environment_policy.environment.max_steps, walks)
+    return _log_prob(state_policy, walk, len(states), state_policy.environment.max_steps, walks)
 
 
 def log_prob_of_objects(
@@ -274,10 +274,10 @@ def _log_prob(policy: Policy, walk: Callable[[Tensor], Trajectories], count: int
     return torch.cat(estimates) if count else torch.empty(0, dtype=torch.float64)
 
 
-def _environment_policy(policy: Policy) -> EnvironmentPolicy:
+def _state_policy(policy: Policy) -> StatePolicy:
     if isinstance(policy, RelativePolicy):
         return policy.posterior
-    if not isinstance(policy, EnvironmentPolicy):
+    if not isinstance(policy, StatePolicy):
         raise TypeError(f"{type(policy).__name__} is no policy over a discrete environment")
     return policy
 

@@ -4,13 +4,13 @@ trajectories are.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from headwater.environments.base import Objects
+from headwater.environments.base import Environment, Objects
 from headwater.trajectories import Trajectories
 
 
@@ -87,3 +87,21 @@ class Policy(nn.Module):
     def log_z_parameters(self) -> list[nn.Parameter]:
         """The parameters of the log-partition function, which learn at a rate of their own."""
         return []
+
+
+class StatePolicy(Policy, ABC):
+    """A policy over the states of a discrete environment, any of which it can be asked about by itself."""
+
+    environment: Environment
+
+    @abstractmethod
+    def action_log_probs(self, states: Tensor, condition: Tensor) -> Tensor:
+        """log P_F of every action in each of N states under one condition row `[1, C]`: `[N, n_actions]`, very low
+        where illegal.
+        """
+
+    @abstractmethod
+    def sample_to(self, states: Tensor, condition: Tensor, generator: torch.Generator | None = None) -> Trajectories:
+        """Trajectories to given final `states` (`[T, width]`, as `environment.states(objects)` gives them), drawn by
+        the backward policy.
+        """

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from headwater.environments.base import Environment, Objects, identity
-from headwater.policies.base import NO_EXPLORATION, Exploration, LogProbs, Policy
+from headwater.policies.base import NO_EXPLORATION, Exploration, LogProbs, Policy, StatePolicy
 from headwater.policies.layers import Linear
 from headwater.policies.native_log_probs import MOST_ACTIONS, NEVER, step_log_probs
 from headwater.policies.native_network import NativeNetwork, native_network
@@ -23,7 +23,7 @@ from headwater.trajectories import Trajectories
 Backward = Literal["uniform", "learned", "maximum-entropy", "tlm"]
 
 
-class EnvironmentPolicy(Policy):
+class EnvironmentPolicy(StatePolicy):
     """Forward and backward policies and flow over an environment's states.
 
     backward: "uniform" over legal backward actions; "learned" by the same loss as the forward policy;

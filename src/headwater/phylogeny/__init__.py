@@ -1,0 +1,1 @@
+"""Phylogenetics: trees in proportion to their posterior probability or their parsimony."""

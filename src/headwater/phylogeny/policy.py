@@ -1,0 +1,347 @@
+"""The policy over trees: at each step which two trees to merge and, where trees have branch lengths, how long the two
+new edges are. PhyloGFN (Zhou et al. 2024, arXiv 2310.08774), with a step's two lengths from continuous densities.
+
+All trajectories have n - 1 steps, so a batch goes in step: forest t of each has n - t trees. In learning, all forests
+of all steps are seen at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from headwater.environments.base import Objects, identity
+from headwater.phylogeny.environment import Forests
+from headwater.phylogeny.evidence import Evidence, Grown
+from headwater.phylogeny.network import ForestEncoder, ForestNetwork, LengthHead, PairScore
+from headwater.phylogeny.pairs import describe
+from headwater.phylogeny.walks import forests_on_the_way, merges_of, tables_of, walks_to
+from headwater.policies.base import NO_EXPLORATION, Exploration, LogProbs, StatePolicy
+from headwater.policies.layers import Linear
+from headwater.trajectories import Trajectories
+
+TreeBackward = Literal["uniform", "learned"]
+
+_AT_ONCE = 64  # trajectories drawn together: what is known of their trees stays in the processor's cache
+NEVER = -1e9
+
+
+class TreePolicy(StatePolicy):
+    """Draws trees merge by merge.
+
+    Per-step tensors: `merge` int32 `[S, 2]`, the nodes merged, as in `walks.py`; `length` float32 `[S, 2]` above them,
+    of the last merge in column 0 only, zeros where trees have no lengths. Objects are tables, int32 `[T, 2 (n-1)]`, or,
+    with lengths, float32 `[T, 2 (n-1) + 2n-1]`: the table and the lengths of `walks.tables_of`.
+
+    backward: "uniform" over the trees that are no leaf, and over the edges of a finished tree; or "learned" over the
+    former. condition_size: C, the columns of the condition; 0 for none.
+    """
+
+    def __init__(
+        self,
+        evidence: Evidence,
+        network: ForestNetwork | None = None,
+        backward: TreeBackward = "uniform",
+        condition_size: int = 0,
+    ) -> None:
+        super().__init__()
+        if backward not in get_args(TreeBackward):
+            raise ValueError(f"backward = {backward!r}: must be one of {', '.join(get_args(TreeBackward))}")
+        network = network or ForestNetwork()
+        self.evidence, self.backward_kind, self.condition_size = evidence, backward, condition_size
+        self.environment = Forests(evidence.n)
+        self.embed = Linear(evidence.features, network.width)
+        self.is_leaf = nn.Parameter(torch.randn(evidence.n, network.width) * 0.1)
+        self.encoder, self.score = ForestEncoder(network), PairScore(network)
+        self.flow = Linear(network.width, 1)
+        self.undo = Linear(network.width, 1) if backward == "learned" else None
+        self.density = network.density() if evidence.has_lengths else None
+        if self.density is not None:
+            self.lengths = LengthHead(network, self.density.outputs)
+            self.last_length = LengthHead(network, self.density.outputs)
+        self.log_z = nn.Parameter(torch.zeros(()))
+        if condition_size:
+            self.embed_condition = nn.Sequential(
+                nn.Linear(condition_size, network.width), nn.SiLU(), nn.Linear(network.width, network.width)
+            )
+            self.log_z_of_condition = nn.Sequential(nn.Linear(condition_size, 64), nn.SiLU(), nn.Linear(64, 1))
+
+    @property
+    def n(self) -> int:
+        return self.evidence.n
+
+    def log_z_parameters(self) -> list[nn.Parameter]:
+        return [self.log_z, *(self.log_z_of_condition.parameters() if self.condition_size else [])]
+
+    def sample(
+        self,
+        condition: Tensor,
+        exploration: Exploration = NO_EXPLORATION,
+        generator: torch.Generator | None = None,
+    ) -> Trajectories:
+        """With probability `epsilon` a step merges a uniform pair; its lengths are always the policy's."""
+        condition, generator = self._checked(condition), generator or torch.default_generator
+        with torch.no_grad():
+            parts = [self._draw(part, exploration, generator) for part in torch.split(condition, _AT_ONCE)]
+        return Trajectories.concatenate(parts)
+
+    def sample_backward(self, trajectories: Trajectories, generator: torch.Generator | None = None) -> Trajectories:
+        """Walks by the uniform backward policy, whatever `backward` is: `log_behaviour` is their log-probability."""
+        tables, above = self._finished(trajectories)
+        return self._walked(tables, above, trajectories.condition, trajectories.log_reward, generator)
+
+    def sample_to(self, objects: Tensor, condition: Tensor, generator: torch.Generator | None = None) -> Trajectories:
+        """Trajectories to given objects, not yet scored, by the uniform backward policy."""
+        width = 2 * (self.n - 1)
+        tables, above = objects[:, :width].int(), None if self.density is None else objects[:, width:]
+        unknown = torch.full((len(tables),), torch.nan)
+        return self._walked(tables, above, self._checked(condition), unknown, generator)
+
+    def log_probs(self, trajectories: Trajectories) -> LogProbs:
+        count, n = len(trajectories), self.n
+        merges = trajectories.steps["merge"].view(count, n - 1, 2)
+        lengths = trajectories.steps["length"].view(count, n - 1, 2)
+        roots, places, internal = forests_on_the_way(merges)
+        grown, features = self._regrow(merges, lengths)
+        nodes = self._embedded(features, trajectories.condition)
+
+        here = torch.arange(count)
+        blocks = [(count, n - t) for t in range(n - 1)]
+        trees = torch.cat([nodes[here[:, None], roots[t, :, : n - t]].flatten(0, 1) for t in range(n - 1)])
+        hidden = self.encoder(trees, blocks)
+        described = [describe(grown.changes, grown.comparable, roots[t, :, : n - t]) for t in range(n - 1)]
+        logits = self.score(hidden, [features for features, _ in described], blocks)
+        parts = hidden.split([count * size for _, size in blocks])  # type: ignore[no-untyped-call]
+
+        forward, flow, backward = [], [], []
+        owns, others, guesses = [], [], []
+        for t, (part, (_, size)) in enumerate(zip(parts, blocks, strict=True)):
+            tokens = part.view(count, size, -1)
+            i, j = places[:, t, 0], places[:, t, 1]
+            forward.append(logits[t].log_softmax(1)[here, _pair_number(i, j, size)])
+            flow.append(tokens.mean(1))
+            if self.density is not None:
+                owns.append(tokens[here, i])
+                others.append(tokens[here, j])
+                guesses.append(torch.stack([described[t][1][here, i, j], described[t][1][here, j, i]], 1))
+            if self.undo is not None and t:
+                backward.append(self._log_undo(tokens, roots[t, :, :size], places[:, t - 1, 0]))
+        log_forward = torch.stack(forward, 1)
+        if self.density is not None:
+            log_forward = log_forward + self._log_lengths(owns, others, guesses, lengths)
+        log_forward = log_forward + self._start_log_prob(trajectories)
+        log_backward = self._uniform_backward(internal)
+        if backward:
+            log_backward = torch.cat([torch.stack(backward, 1), log_backward[:, -1:]], 1)
+        return LogProbs(
+            forward=log_forward.flatten(),
+            backward=log_backward.flatten(),
+            log_z=self._log_z(trajectories.condition),
+            log_flow=self.flow(torch.stack(flow, 1).flatten(0, 1))[:, 0].float(),
+        )
+
+    def action_log_probs(self, states: Tensor, condition: Tensor) -> Tensor:
+        """log P_F of every action of `Forests` in each of N states under one condition row: `[N, n_actions]`, very low
+        where illegal. For trees without lengths.
+        """
+        if self.density is not None:
+            raise TypeError("trees with branch lengths have no finite number of states")
+        out = torch.full((len(states), self.environment.n_actions), NEVER)
+        made = (states.view(len(states), -1, 2)[:, :, 0] >= 0).sum(1)
+        for steps in range(self.n):
+            rows = (made == steps).nonzero()[:, 0]
+            if steps == self.n - 1:
+                out[rows, -1] = 0.0
+            elif len(rows):
+                for part in torch.split(rows, 16 * _AT_ONCE):
+                    out[part] = self._forest_log_probs(states[part], steps, condition)
+        return out
+
+    def objects(self, trajectories: Trajectories) -> Objects:
+        tables, above = self._finished(trajectories)
+        return tables if self.density is None else torch.cat([tables.float(), above], 1)
+
+    # Drawing
+
+    def _draw(self, condition: Tensor, exploration: Exploration, generator: torch.Generator) -> Trajectories:
+        count, n = len(condition), self.n
+        here = torch.arange(count)
+        grown = self.evidence.start(count)
+        nodes = self._embedded(self.evidence.leaves[None].expand(count, -1, -1), condition)
+        nodes = torch.cat([nodes, nodes.new_empty(count, n - 1, nodes.shape[2])], 1)
+        roots = torch.arange(n).repeat(count, 1)
+        merges, lengths = torch.empty(count, n - 1, 2, dtype=torch.int32), torch.zeros(count, n - 1, 2)
+        log_behaviour = torch.zeros(count)
+        for t in range(n - 1):
+            size = n - t
+            tokens = self.encoder(nodes[here[:, None], roots].flatten(0, 1), [(count, size)])
+            features, guesses = describe(grown.changes, grown.comparable, roots)
+            (logits,) = self.score(tokens, [features], [(count, size)])
+            chosen, log_prob = _choose(logits, exploration, generator)
+            i, j = (index[chosen] for index in torch.triu_indices(size, size, 1))
+            tokens = tokens.view(count, size, -1)
+            left, right = roots[here, i], roots[here, j]
+            merges[:, t, 0], merges[:, t, 1] = left, right
+            log_behaviour += log_prob
+            if self.density is not None:
+                guess = torch.stack([guesses[here, i, j], guesses[here, j, i]], 1)
+                drawn, log_density = self._draw_lengths(tokens[here, i], tokens[here, j], guess, size == 2, generator)
+                lengths[:, t, : drawn.shape[1]] = drawn
+                log_behaviour += log_density
+            if size == 2:
+                break
+            keep = torch.ones(count, size, dtype=torch.bool)
+            keep[here, j] = False
+            roots[here, i] = n + t
+            roots = roots[keep].view(count, size - 1)
+            new = grown.join(t, left, right, lengths[:, t], roots)
+            nodes[:, n + t] = self._embedded(new[:, None], condition, internal=True)[:, 0]
+        return self._trajectories(merges, lengths, condition, log_behaviour)
+
+    def _draw_lengths(
+        self, own: Tensor, other: Tensor, guess: Tensor, is_last: bool, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        assert self.density is not None
+        if is_last:
+            both = own + other
+            output = self.last_length(both, both, guess)
+            drawn = self.density.sample(output, guess[:, 0], generator)[:, None]
+            return drawn, self.density.log_prob(output, guess[:, 0], drawn[:, 0])
+        output = torch.cat([self.lengths(own, other, guess), self.lengths(other, own, guess.flip(1))])
+        flat = guess.t().flatten()
+        drawn = self.density.sample(output, flat, generator)
+        log_density = self.density.log_prob(output, flat, drawn)
+        return drawn.view(2, -1).t(), log_density.view(2, -1).sum(0)
+
+    # Learning
+
+    def _regrow(self, merges: Tensor, lengths: Tensor) -> tuple[Grown, Tensor]:
+        """What is known of every node of given trajectories, and its features `[T, 2n - 2, features]`."""
+        count, n = len(merges), self.n
+        roots, _, _ = forests_on_the_way(merges)
+        grown = self.evidence.start(count)
+        features = [self.evidence.leaves[None].expand(count, -1, -1)]
+        for t in range(n - 2):
+            left, right = merges[:, t, 0].long(), merges[:, t, 1].long()
+            new = grown.join(t, left, right, lengths[:, t], roots[t + 1, :, : n - t - 1])
+            features.append(new[:, None])
+        return grown, torch.cat(features, 1)
+
+    def _log_lengths(self, owns: list[Tensor], others: list[Tensor], guesses: list[Tensor], lengths: Tensor) -> Tensor:
+        """Log-density of the lengths of every step: `[T, n-1]`."""
+        assert self.density is not None
+        count = len(lengths)
+        both = owns[-1] + others[-1]
+        output = self.last_length(both, both, guesses[-1])
+        last = self.density.log_prob(output, guesses[-1][:, 0], lengths[:, -1, 0])[:, None]
+        if self.n == 2:
+            return last
+        own, other, guess = torch.cat(owns[:-1]), torch.cat(others[:-1]), torch.cat(guesses[:-1])
+        output = torch.cat([self.lengths(own, other, guess), self.lengths(other, own, guess.flip(1))])
+        drawn = lengths[:, :-1].permute(2, 1, 0).flatten()
+        log_density = self.density.log_prob(output, guess.t().flatten(), drawn)
+        return torch.cat([log_density.view(2, -1, count).sum(0).t(), last], 1)
+
+    def _uniform_backward(self, internal: Tensor) -> Tensor:
+        """log P_B of undoing each step: one of the trees that are no leaf, at the end one of 2n - 3 edges."""
+        choices = internal.float()
+        choices[:, -1] = 2 * self.n - 3
+        return -choices.log()
+
+    def _log_undo(self, tokens: Tensor, roots: Tensor, undone: Tensor) -> Tensor:
+        """log P_B of taking apart the tree in column `undone` `[M]` of each forest: `[M]`."""
+        assert self.undo is not None
+        logits = self.undo(tokens)[:, :, 0].masked_fill(roots < self.n, NEVER)
+        return logits.log_softmax(1).gather(1, undone[:, None])[:, 0]
+
+    def _start_log_prob(self, trajectories: Trajectories) -> Tensor:
+        return torch.zeros(len(trajectories), self.n - 1)
+
+    # Small things
+
+    def _embedded(self, features: Tensor, condition: Tensor, internal: bool = False) -> Tensor:
+        """`[T, nodes, features]`, leaves first unless `internal`, -> `[T, nodes, width]`."""
+        if internal:
+            x = self.embed(features)
+        else:
+            leaves = self.embed(self.evidence.leaves) + self.is_leaf
+            x = leaves[None].expand(len(features), -1, -1)
+            if features.shape[1] > self.n:
+                x = torch.cat([x, self.embed(features[:, self.n :])], 1)
+        return x + self.embed_condition(condition)[:, None] if self.condition_size else x
+
+    def _forest_log_probs(self, states: Tensor, steps: int, condition: Tensor) -> Tensor:
+        count, n = len(states), self.n
+        merges, roots, smallest = merges_of(states, steps)
+        grown = self.evidence.start(count)
+        features = [self.evidence.leaves[None].expand(count, -1, -1)]
+        for t in range(steps):
+            every = torch.arange(n + t + 1).repeat(count, 1)
+            left, right = merges[:, t, 0].long(), merges[:, t, 1].long()
+            features.append(grown.join(t, left, right, torch.zeros(count, 2), every)[:, None])
+        nodes = self._embedded(torch.cat(features, 1), condition.expand(count, -1))
+        blocks = [(count, n - steps)]
+        hidden = self.encoder(nodes[torch.arange(count)[:, None], roots].flatten(0, 1), blocks)
+        (logits,) = self.score(hidden, [describe(grown.changes, grown.comparable, roots)[0]], blocks)
+        i, j = torch.triu_indices(n - steps, n - steps, 1)
+        a, b = smallest[:, i], smallest[:, j]
+        out = torch.full((count, self.environment.n_actions), NEVER)
+        return out.scatter(1, _pair_number(a, b, n), logits.log_softmax(1))
+
+    def _finished(self, trajectories: Trajectories) -> tuple[Tensor, Tensor]:
+        shape = (len(trajectories), self.n - 1, 2)
+        return tables_of(trajectories.steps["merge"].view(shape), trajectories.steps["length"].view(shape))
+
+    def _walked(
+        self, tables: Tensor, above: Tensor | None, condition: Tensor, log_reward: Tensor,
+        generator: torch.Generator | None,
+    ) -> Trajectories:
+        generator = generator or torch.default_generator
+        uniform = torch.rand(len(tables), self.n - 1, dtype=torch.float64, generator=generator)
+        merges, lengths = walks_to(tables, above, uniform)
+        log_behaviour = self._uniform_backward(forests_on_the_way(merges)[2]).sum(1)
+        return replace(self._trajectories(merges, lengths, condition, log_behaviour), log_reward=log_reward)
+
+    def _trajectories(
+        self, merges: Tensor, lengths: Tensor, condition: Tensor, log_behaviour: Tensor
+    ) -> Trajectories:
+        count = len(merges)
+        tables, above = tables_of(merges, lengths)
+        return Trajectories(
+            steps={"merge": merges.flatten(0, 1), "length": lengths.flatten(0, 1)},
+            lengths=torch.full((count,), self.n - 1, dtype=torch.int64),
+            condition=condition,
+            log_reward=torch.full((count,), torch.nan),
+            log_behaviour=log_behaviour,
+            version=torch.full((count,), self.version, dtype=torch.int64),
+            identity=identity(torch.cat([tables, above.view(torch.int32)], 1)),
+        )
+
+    def _log_z(self, condition: Tensor) -> Tensor:
+        if not self.condition_size:
+            return self.log_z.expand(len(condition))
+        return self.log_z + self.log_z_of_condition(condition)[:, 0]
+
+    def _checked(self, condition: Tensor) -> Tensor:
+        if condition.ndim != 2 or condition.shape[1] != self.condition_size:
+            raise ValueError(f"condition has shape {tuple(condition.shape)}, expected [T, {self.condition_size}]")
+        return condition
+
+
+def _pair_number(i: Tensor, j: Tensor, size: int) -> Tensor:
+    """The place of pair i < j, row by row in the upper triangle."""
+    return i * (2 * size - i - 1) // 2 + j - i - 1
+
+
+def _choose(logits: Tensor, exploration: Exploration, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A pair for each row, one uniform number a row, and its log-probability with exploration."""
+    probability = (logits / exploration.temperature).softmax(1)
+    if exploration.epsilon:
+        probability = (1 - exploration.epsilon) * probability + exploration.epsilon / logits.shape[1]
+    cumulative = probability.cumsum(1)
+    uniform = torch.rand(len(logits), 1, generator=generator) * cumulative[:, -1:]
+    chosen = torch.searchsorted(cumulative, uniform, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+    return chosen, probability.gather(1, chosen[:, None])[:, 0].log()

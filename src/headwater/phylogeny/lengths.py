@@ -15,6 +15,8 @@ from torch.nn import functional
 
 _LOG_2PI = math.log(2 * math.pi)
 _WIDTH, _SPREAD = 0.7, 0.7  # of each component at the start, and of their middles, in log length
+_NARROWEST, _WIDEST, _FURTHEST = 0.03, 2.0, 4.0  # a component's width, and how far it can move from the guess
+_START = math.log((math.log(_WIDTH / _NARROWEST)) / (math.log(_WIDEST / _WIDTH)))
 
 
 class LengthDensity(Protocol):
@@ -60,8 +62,9 @@ class MixtureLengths:
 
     def _parts(self, output: Tensor, guess: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         log_weight, shift, stretch = output.float().chunk(3, dim=1)
-        mean = guess.log()[:, None] + self.offsets.to(output.device) + shift
-        return log_weight.log_softmax(1), mean, math.log(_WIDTH) + 2.5 * torch.tanh(stretch / 2.5)
+        mean = guess.log()[:, None] + self.offsets.to(output.device) + _FURTHEST * torch.tanh(shift / _FURTHEST)
+        log_width = math.log(_NARROWEST) + math.log(_WIDEST / _NARROWEST) * torch.sigmoid(stretch + _START)
+        return log_weight.log_softmax(1), mean, log_width
 
 
 class BinnedLengths:

@@ -120,15 +120,17 @@ class LengthHead(nn.Module):
 
     def __init__(self, settings: ForestNetwork, outputs: int) -> None:
         super().__init__()
-        self.up, self.down = Linear(2 * settings.width + 3, 2 * settings.width), Linear(2 * settings.width, outputs)
+        self.up, self.down = Linear(2 * settings.width + 5, 2 * settings.width), Linear(2 * settings.width, outputs)
         with torch.no_grad():
             self.down.weight.mul_(0.1)
 
-    def forward(self, own: Tensor, other: Tensor, guesses: Tensor) -> Tensor:
+    def forward(self, own: Tensor, other: Tensor, guesses: Tensor, other_length: Tensor | None = None) -> Tensor:
         """own, other: `[N, width]`, the tree under the edge and the one that it merges with. guesses: `[N, 2]`, of the
-        lengths above each -> `[N, outputs]`.
+        lengths above each. other_length: `[N]`, the length above the other where that is drawn -> `[N, outputs]`.
         """
-        log_guesses = (guesses.log() + 4.0) / 2.0
-        path = (guesses.sum(1, keepdim=True).log() + 4.0) / 2.0
-        x = torch.cat([own, other, log_guesses, path], dim=1)
+        logs = torch.cat([guesses, guesses.sum(1, keepdim=True)], 1).log()
+        known = torch.zeros(len(own), 2)
+        if other_length is not None:
+            known = torch.stack([other_length.log() - logs[:, 1], torch.ones(len(own))], 1)
+        x = torch.cat([own, other, (logs + 4.0) / 2.0, known], dim=1)
         return self.down(linear(x, self.up.weight, self.up.bias, relu=True))

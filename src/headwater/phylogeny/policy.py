@@ -1,5 +1,5 @@
 """The policy over trees: at each step which two trees to merge and, where trees have branch lengths, how long the two
-new edges are. PhyloGFN (Zhou et al. 2024, arXiv 2310.08774), with a step's two lengths from continuous densities.
+new edges are, the second given the first. PhyloGFN (Zhou et al. 2024, arXiv 2310.08774), with a step's two lengths from continuous densities.
 
 All trajectories have n - 1 steps, so a batch goes in step: forest t of each has n - t trees. In learning, all forests
 of all steps are seen at once.
@@ -210,11 +210,12 @@ class TreePolicy(StatePolicy):
             output = self.last_length(both, both, guess)
             drawn = self.density.sample(output, guess[:, 0], generator)[:, None]
             return drawn, self.density.log_prob(output, guess[:, 0], drawn[:, 0])
-        output = torch.cat([self.lengths(own, other, guess), self.lengths(other, own, guess.flip(1))])
-        flat = guess.t().flatten()
-        drawn = self.density.sample(output, flat, generator)
-        log_density = self.density.log_prob(output, flat, drawn)
-        return drawn.view(2, -1).t(), log_density.view(2, -1).sum(0)
+        output = self.lengths(own, other, guess)
+        left = self.density.sample(output, guess[:, 0], generator)
+        log_density = self.density.log_prob(output, guess[:, 0], left)
+        output = self.lengths(other, own, guess.flip(1), left)
+        right = self.density.sample(output, guess[:, 1], generator)
+        return torch.stack([left, right], 1), log_density + self.density.log_prob(output, guess[:, 1], right)
 
     # Learning
 
@@ -240,10 +241,10 @@ class TreePolicy(StatePolicy):
         if self.n == 2:
             return last
         own, other, guess = torch.cat(owns[:-1]), torch.cat(others[:-1]), torch.cat(guesses[:-1])
-        output = torch.cat([self.lengths(own, other, guess), self.lengths(other, own, guess.flip(1))])
-        drawn = lengths[:, :-1].permute(2, 1, 0).flatten()
-        log_density = self.density.log_prob(output, guess.t().flatten(), drawn)
-        return torch.cat([log_density.view(2, -1, count).sum(0).t(), last], 1)
+        left, right = lengths[:, :-1].permute(2, 1, 0).flatten(1)
+        log_left = self.density.log_prob(self.lengths(own, other, guess), guess[:, 0], left)
+        log_right = self.density.log_prob(self.lengths(other, own, guess.flip(1), left), guess[:, 1], right)
+        return torch.cat([(log_left + log_right).view(-1, count).t(), last], 1)
 
     def _uniform_backward(self, internal: Tensor) -> Tensor:
         """log P_B of undoing each step: one of the trees that are no leaf, at the end one of 2n - 3 edges."""

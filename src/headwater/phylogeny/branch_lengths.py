@@ -43,12 +43,15 @@ class Gradients(NamedTuple):
 def log_likelihood_gradients(
     tips: Tips, process: Process, merges: NDArray[np.int32], lengths: NDArray[np.float64]
 ) -> Gradients:
-    """The log-likelihood of whole trees `[T, n-1, 2]` with lengths `[T, n-1, 2]`, in float64, and its derivatives by them.
+    """The log-likelihood of whole trees `[T, n-1, 2]` with lengths `[T, n-1, 2]`, in float64, and its derivatives by
+    them.
 
     The last merge's two edges are one: both have the derivative by its length.
     """
     if len(process.values) not in (1, len(merges)):
-        raise ValueError(f"parameters of {len(process.values)} trees: must be one for all, or of the {len(merges)} trees")
+        raise ValueError(
+            f"parameters of {len(process.values)} trees: must be one for all, or of the {len(merges)} trees"
+        )
     merges = np.ascontiguousarray(merges, dtype=np.int32)
     lengths = np.ascontiguousarray(lengths, dtype=np.float64)
     return Gradients(*_gradients(tips.partials, tips.weights, tips.common, merges, lengths, *process[:6]))
@@ -62,13 +65,13 @@ def fit_lengths(
     iterations: int = 40,
     tolerance: float = 1e-4,
 ) -> tuple[Floats, Floats]:
-    """Branch lengths that maximise log likelihood - prior_rate * (sum of lengths): maximum likelihood with 0, else maximum
-    a posteriori under an exponential prior of that rate.
+    """Branch lengths that maximise log likelihood - prior_rate * (sum of lengths): maximum likelihood with 0, else
+    maximum a posteriori under an exponential prior of that rate.
 
-    partitions: patterns and process of each, one for an alignment without. lengths: where to start, `[T, n-1, 2]`, above 0.
-    Limited-memory BFGS (Nocedal 1980) in log length, all trees side by side, started from the curvature of each edge alone;
-    ends when the expected gain of every tree is below `tolerance` nats. Returns the lengths `[T, n-1, 2]`, the last merge's
-    second 0, and the log-likelihoods `[T]` (without the prior).
+    partitions: patterns and process of each, one for an alignment without. lengths: where to start, `[T, n-1, 2]`,
+    above 0. Limited-memory BFGS (Nocedal 1980) in log length, all trees side by side, started from the curvature of
+    each edge alone; ends when the expected gain of every tree is below `tolerance` nats. Returns the lengths `[T, n-1,
+    2]`, the last merge's second 0, and the log-likelihoods `[T]` (without the prior).
     """
     count = len(merges)
     one_edge = np.ones((1, *lengths.shape[1:]))

@@ -1,7 +1,7 @@
 """The parsimony length of trees: Fitch's sets of states (Fitch 1971), one bit a site and state.
 
-A node's set is kept as `planes` of bits, one a state (A, C, G, T and, where a gap is a state, the gap), each of `W` words
-of 64 sites. Joining two nodes takes what both sets have where they share a state; elsewhere what either has, and
+A node's set is kept as `planes` of bits, one a state (A, C, G, T and, where a gap is a state, the gap), each of `W`
+words of 64 sites. Joining two nodes takes what both sets have where they share a state; elsewhere what either has, and
 one change is counted.
 """
 
@@ -73,7 +73,8 @@ def join(
     right: NDArray[np.int32],
     step: int,
 ) -> NDArray[np.int32]:
-    """Join nodes `left[t]` and `right[t]` of every trajectory into node n + step: the changes that it adds, int32 `[T]`.
+    """Join nodes `left[t]` and `right[t]` of every trajectory into node n + step: the changes that it adds, int32
+    `[T]`.
 
     tables: uint64 `[T, n-1, planes, W]`, contiguous; row `step` is written, the rows of `left` and `right` are read.
     """

@@ -59,9 +59,9 @@ class SubstitutionModel:
 class Process(NamedTuple):
     """A model with its parameters, decomposed: B sets of parameters, one for all trees or one a tree.
 
-    P(b) = left exp(values b rate) right, left `[B, 4, 4]`, values `[B, 4]`, right `[B, 4, 4]`; rates `[B, C]` of equally
-    probable categories; frequencies `[B, 4]`; invariant `[B]`, the share of sites that never change. closed_form: JC69 with
-    one category, for which exp(-4/3 b rate) says all. All float64.
+    P(b) = left exp(values b rate) right, left `[B, 4, 4]`, values `[B, 4]`, right `[B, 4, 4]`; rates `[B, C]` of
+    equally probable categories; frequencies `[B, 4]`; invariant `[B]`, the share of sites that never change.
+    closed_form: JC69 with one category, for which exp(-4/3 b rate) says all. All float64.
     """
 
     left: Floats
@@ -85,20 +85,20 @@ def process(
     """The model with these parameters; those that it does not have are not looked at.
 
     Each is one for all trees, or has a first dimension of B: kappa `[B]`, the ratio of the rates of transitions and
-    transversions; frequencies `[B, 4]` of A, C, G, T, which sum to 1; exchangeabilities `[B, 6]` AC AG AT CG CT GT; alpha
-    `[B]`, the shape of the Gamma distribution; invariant `[B]`, the share of sites that never change; rate `[B]`, by which
-    all lengths are multiplied (of a partition, whose lengths are linked to others').
+    transversions; frequencies `[B, 4]` of A, C, G, T, which sum to 1; exchangeabilities `[B, 6]` AC AG AT CG CT GT;
+    alpha `[B]`, the shape of the Gamma distribution; invariant `[B]`, the share of sites that never change; rate
+    `[B]`, by which all lengths are multiplied (of a partition, whose lengths are linked to others').
     """
     pi = _parameter("frequencies", frequencies, (4,), model.has_frequencies, 0.25)
     if (abs(pi.sum(-1) - 1) > 1e-6).any():
-        raise ValueError(f"frequencies = {frequencies}: must sum to 1")
+        raise ValueError(f"frequencies = {frequencies!r}: must sum to 1")
     pi = pi / pi.sum(-1, keepdims=True)
     ratio = _parameter("kappa", kappa, (), model.has_kappa, 1.0)
     exchange = _parameter("exchangeabilities", exchangeabilities, (6,), model.name == "GTR", 1.0)
     shape = _parameter("alpha", alpha, (), model.gamma_categories > 1, 1.0)
     share = _parameter("invariant", invariant, (), model.invariant, 0.0, lowest=-1.0)
     if (share < 0).any() or (share >= 1).any():
-        raise ValueError(f"invariant = {invariant}: must be at least 0 and below 1")
+        raise ValueError(f"invariant = {invariant!r}: must be at least 0 and below 1")
     speed = _parameter("rate", rate, (), True, 1.0)
     sizes = {len(array) for array in (pi, ratio, exchange, shape, share, speed)} - {1}
     if len(sizes) > 1:
@@ -107,9 +107,12 @@ def process(
     exchange = np.where(np.array([0, 1, 0, 0, 1, 0], dtype=bool), exchange * ratio[:, None], exchange)
     rates = gamma_rates(shape, model.gamma_categories) * (speed / (1 - share))[:, None]
     left, values, right = _decompose(exchange, pi)
-    spread = [np.ascontiguousarray(np.broadcast_to(x, (sets, *x.shape[1:]))) for x in (left, values, right, rates, pi)]
     closed_form = model.name == "JC69" and model.gamma_categories == 1
-    return Process(*spread, np.ascontiguousarray(np.broadcast_to(share, sets)), closed_form)
+
+    def spread(array: Floats) -> Floats:
+        return np.ascontiguousarray(np.broadcast_to(array, (sets, *array.shape[1:])))
+
+    return Process(spread(left), spread(values), spread(right), spread(rates), spread(pi), spread(share), closed_form)
 
 
 def transition_matrices(process: Process, lengths: ArrayLike) -> Floats:
@@ -183,7 +186,7 @@ def _parameter(
     if values.shape[1:] != shape or values.ndim != len(shape) + 1 or not len(values):
         raise ValueError(f"{name} of shape {np.shape(given)}: must be {list(shape)}, or that for every tree")
     if not np.isfinite(values).all() or (values <= lowest).any():
-        raise ValueError(f"{name} = {given}: must be finite and above {max(lowest, 0.0):g}")
+        raise ValueError(f"{name} = {given!r}: must be finite and above {max(lowest, 0.0):g}")
     return values
 
 

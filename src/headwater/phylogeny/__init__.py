@@ -1,1 +1,1 @@
-"""Phylogenetics: trees in proportion to their posterior probability or their parsimony."""
+"""Phylogeny: trees in proportion to their parsimony or to their posterior, given aligned DNA."""

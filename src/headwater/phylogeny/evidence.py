@@ -1,118 +1,198 @@
-"""temporary torch version"""
+"""What the network sees of a forest as it grows: Fitch's sets, or partial likelihoods, of every node; how far apart
+every two trees are.
+
+All of it is computed by one merge at a time, for many trajectories side by side.
+"""
+
 from __future__ import annotations
-import torch
-from torch import Tensor
 
-class Grown:
-    def __init__(self, evidence, count):
-        n = evidence.n
-        self.e = evidence
-        self.sets = torch.zeros(count, 2*n-1, evidence.masks.shape[1], dtype=torch.uint8)
-        self.sets[:, :n] = evidence.masks
-        self.changes = torch.zeros(count, 2*n-1, 2*n-1); self.comparable = torch.ones(count, 2*n-1, 2*n-1)
-        self.changes[:, :n, :n] = evidence.leaf_changes
-        self.comparable[:, :n, :n] = evidence.leaf_comparable
-        self.here = torch.arange(count)
-
-    def join(self, step, left, right, lengths, others):
-        n = self.e.n
-        a, b = self.sets[self.here, left], self.sets[self.here, right]
-        both = a & b
-        new = torch.where(both > 0, both, a | b)
-        node = n + step
-        self.sets[:, node] = new
-        o = self.sets[self.here[:, None], others]
-        c = ((o & new[:, None]) == 0).float() @ self.e.weights
-        k = ((o != self.e.full) & (new[:, None] != self.e.full)).float() @ self.e.weights
-        self.changes[self.here[:, None], node, others] = c
-        self.changes[self.here[:, None], others, node] = c
-        self.comparable[self.here[:, None], node, others] = k
-        self.comparable[self.here[:, None], others, node] = k
-        return self.e.describe(new)
-
-class Evidence:
-    has_lengths = False
-    def __init__(self, masks, weights, planes):
-        self.n = masks.shape[0]
-        self.masks = masks; self.weights = weights; self.planes = planes; self.full = 15
-        keep = (masks != masks[:1]).any(0)
-        self.masks, self.weights = masks[:, keep], weights[keep]
-        self.features = self.masks.shape[1] * planes
-        self.leaves = self.describe(self.masks)
-        a, b = self.masks[:, None], self.masks[None]
-        self.leaf_changes = ((a & b) == 0).float() @ self.weights
-        self.leaf_comparable = ((a != 15) & (b != 15)).float() @ self.weights
-    def describe(self, sets):
-        bits = torch.stack([(sets >> k) & 1 for k in range(self.planes)], -1).float()
-        return (bits - 0.3).flatten(-2)
-    def start(self, count):
-        return Grown(self, count)
-
+from abc import ABC, abstractmethod
 
 import numpy as np
-from headwater.native import kept_njit
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-@kept_njit(fastmath=True)
-def jc_join(tips, tables, left, right, lengths, step, weights, out):
-    n = tips.shape[0]
-    P = tips.shape[1]
-    for t in range(left.size):
-        a = tips[left[t]] if left[t] < n else tables[t, left[t]-n]
-        b = tips[right[t]] if right[t] < n else tables[t, right[t]-n]
-        c = tables[t, step]
-        u = np.float32(np.exp(-4.0/3.0*lengths[t,0])); v = np.float32(np.exp(-4.0/3.0*lengths[t,1]))
-        total = 0.0
-        for p in range(P):
-            # partials normalised: mean over states = 1
-            x0 = u*a[p,0]+(1-u); x1=u*a[p,1]+(1-u); x2=u*a[p,2]+(1-u); x3=u*a[p,3]+(1-u)
-            y0 = x0*(v*b[p,0]+(1-v)); y1=x1*(v*b[p,1]+(1-v)); y2=x2*(v*b[p,2]+(1-v)); y3=x3*(v*b[p,3]+(1-v))
-            m = np.float32(0.25)*(y0+y1+y2+y3)
-            r = np.float32(1)/m
-            c[p,0]=y0*r; c[p,1]=y1*r; c[p,2]=y2*r; c[p,3]=y3*r
-            total += weights[p]*np.log(m)
-        out[t] = total
+from headwater.phylogeny import felsenstein, fitch
+from headwater.phylogeny.models import Process
 
-class BayesGrown(Grown):
-    def __init__(self, e, count):
-        super().__init__(e, count)
-        self.part = np.empty((count, e.n-1, e.tips.shape[1], 4), np.float32)
-        self.loglik = torch.full((count,), e.base, dtype=torch.float64)
-    def join(self, step, left, right, lengths, others):
-        super().join(step, left, right, lengths, others)
-        f = np.empty(len(left))
-        jc_join(self.e.tips, self.part, left.numpy(), right.numpy(), lengths.numpy(), step, self.e.wn, f)
-        self.loglik += torch.from_numpy(f)
-        x = torch.from_numpy(self.part[:, step][:, self.e.keepn])
-        return ((x - 1) * self.e.scale[:,None]).flatten(1)
+_SCALE = 0.3  # of a pattern of mean weight, so that sums over hundreds of them are of order one
 
-class BayesEvidence(Evidence):
-    has_lengths = True
-    def __init__(self, masks, weights):
-        masks = masks.clone(); masks[masks == 16] = 15
-        allm, allw = torch.unique(masks.t(), dim=0, return_inverse=True)
-        w = torch.zeros(len(allm)).index_add(0, allw, weights)
-        masks = allm.t().contiguous()
-        super().__init__(masks, w, 4)
-        tips = torch.stack([(masks >> k) & 1 for k in range(4)], -1).float()
-        m = tips.mean(-1, keepdim=True)
-        self.tips = (tips / m).numpy().astype(np.float32)
-        self.wn = w.numpy().astype(np.float64)
-        self.base = float((m[...,0].double().log() * w.double()).sum())
-        keep = (masks != masks[:1]).any(0)
-        self.keepn = keep.numpy()
-        self.scale = (w[keep] / w[keep].mean()).sqrt() * 0.3
-        self.features = int(keep.sum()) * 4
-        self.leaves = ((torch.from_numpy(self.tips)[:, keep] - 1) * self.scale[:, None]).flatten(1)
-    def describe(self, sets):
-        if not hasattr(self, 'scale'): return torch.zeros(len(sets), 1)
-        return None
-    def start(self, count): return BayesGrown(self, count)
-    def log_likelihood(self, merges, lengths):
-        g = self.start(len(merges))
+
+class Grown:
+    """What is known of T forests that grow in step.
+
+    changes, comparable: float32 `[T, 2n-1, 2n-1]` of pairs of nodes, where asked for by `join`; see `pairs.py`.
+    """
+
+    def __init__(self, evidence: Evidence, count: int) -> None:
+        n = evidence.n
+        self.evidence = evidence
+        self.sets = np.empty((count, n - 1, *evidence.sites.leaves.shape[1:]), np.uint64)
+        self.changes, self.comparable = torch.zeros(2, count, 2 * n - 1, 2 * n - 1)
+        self.changes[:, :n, :n], self.comparable[:, :n, :n] = evidence.leaf_changes, evidence.leaf_comparable
+        self.here = torch.arange(count)
+
+    def join(self, step: int, left: Tensor, right: Tensor, lengths: Tensor, others: Tensor) -> Tensor:
+        """Merge nodes `left` and `right` `[T]`, by edges of `lengths` `[T, 2]`, into node n + step, and compare it with
+        `others` `[T, K]` (itself among them does no harm). Returns the new nodes' features, float32 `[T, features]`.
+        """
+        evidence = self.evidence
+        first, second = left.int().numpy(), right.int().numpy()
+        fitch.join(evidence.sites.leaves, self.sets, first, second, step)
+        changes, comparable = np.empty((2, *others.shape), np.int32)
+        node = evidence.n + step
+        fitch.pair_costs(
+            evidence.sites.leaves, self.sets, np.full(len(first), node, np.int32), others.int().numpy(), changes, comparable
+        )
+        for table, found in ((self.changes, changes), (self.comparable, comparable)):
+            values = torch.from_numpy(found).float()
+            table[:, node].scatter_(1, others, values)
+            table[self.here[:, None], others, node] = values
+        return self._features(step, first, second, lengths)
+
+    def _features(
+        self, step: int, left: NDArray[np.int32], right: NDArray[np.int32], lengths: Tensor
+    ) -> Tensor:
+        return self.evidence.of_sets(self.sets[:, step])
+
+
+class Evidence(ABC):
+    """An alignment as a network sees it.
+
+    n: leaves. features: numbers that describe a node. leaves: float32 `[n, features]`. has_lengths: whether the edges'
+    lengths matter. sites: all variable sites, for comparing trees.
+    """
+
+    has_lengths: bool
+
+    def __init__(self, masks: NDArray[np.uint8], weights: NDArray[np.float64], planes: int) -> None:
+        self.n = len(masks)
+        self.sites = fitch.pack(masks, weights, planes, informative_only=False)
         n = self.n
-        g.leaf = None
-        for t in range(n-1):
-            f = np.empty(len(merges))
-            jc_join(self.tips, g.part, merges[:, t,0].long().numpy(), merges[:, t,1].long().numpy(), lengths[:, t].contiguous().numpy(), t, self.wn, f)
-            g.loglik += torch.from_numpy(f)
-        return g.loglik
+        changes, comparable = np.empty((2, n, n), np.int32)
+        nodes, every = np.arange(n, dtype=np.int32), np.tile(np.arange(n, dtype=np.int32), (n, 1))
+        nothing = np.empty((n, n - 1, *self.sites.leaves.shape[1:]), np.uint64)
+        fitch.pair_costs(self.sites.leaves, nothing, nodes, every, changes, comparable)
+        self.leaf_changes = torch.from_numpy(changes).float()
+        self.leaf_comparable = torch.from_numpy(comparable).float()
+        self.features: int
+        self.leaves: Tensor
+
+    @abstractmethod
+    def start(self, count: int) -> Grown:
+        """`count` forests of n leaves."""
+
+    def of_sets(self, sets: NDArray[np.uint64]) -> Tensor:
+        """Features from Fitch sets `[T, planes, W]`."""
+        raise NotImplementedError
+
+
+class ParsimonyEvidence(Evidence):
+    """Fitch's sets at every pattern that parsimony tells trees apart by.
+
+    masks: uint8 `[n, P]`, sets of states as bits. weights: `[P]`. planes: 4, or 5 where a gap is a state.
+    """
+
+    has_lengths = False
+
+    def __init__(self, masks: NDArray[np.uint8], weights: NDArray[np.float64], planes: int = 4) -> None:
+        super().__init__(masks, weights, planes)
+        self.seen = fitch.pack(masks, np.ones_like(weights), planes)  # each pattern once
+        self.planes = planes
+        self.features = 64 * self.seen.leaves.shape[1] * self.seen.leaves.shape[2]
+        self.leaves = _bits(self.seen.leaves)
+
+    def start(self, count: int) -> Grown:
+        return _SetsGrown(self, count)
+
+
+class _SetsGrown(Grown):
+    def __init__(self, evidence: ParsimonyEvidence, count: int) -> None:
+        super().__init__(evidence, count)
+        self.seen = np.empty((count, evidence.n - 1, *evidence.seen.leaves.shape[1:]), np.uint64)
+        self.leaves = evidence.seen.leaves
+
+    def _features(
+        self, step: int, left: NDArray[np.int32], right: NDArray[np.int32], lengths: Tensor
+    ) -> Tensor:
+        fitch.join(self.leaves, self.seen, left, right, step)
+        return _bits(np.ascontiguousarray(self.seen[:, step]))
+
+
+def _bits(sets: NDArray[np.uint64]) -> Tensor:
+    """`[T, planes, W]` words -> `[T, planes * W * 64]` features, -0.3 or 0.7 times the scale."""
+    bits = np.unpackbits(sets.reshape(len(sets), -1).view(np.uint8), axis=1, bitorder="little")
+    return (torch.from_numpy(bits).float() - 0.3) * _SCALE
+
+
+class LikelihoodEvidence(Evidence):
+    """Partial likelihoods at every variable pattern, averaged over rate categories, as a share of what is expected of
+    a node that nothing is known of.
+
+    parts: masks (no gaps), weights and process of every partition.
+    """
+
+    has_lengths = True
+
+    def __init__(self, parts: list[tuple[NDArray[np.uint8], NDArray[np.float64], Process]]) -> None:
+        masks = np.concatenate([part[0] for part in parts], 1)
+        super().__init__(masks, np.concatenate([part[1] for part in parts]), 4)
+        self.parts = [_Part(*part) for part in parts]
+        self.features = sum(part.features for part in self.parts)
+        self.leaves = torch.cat([part.of_leaves() for part in self.parts], 1)
+
+    def start(self, count: int) -> Grown:
+        return _PartialsGrown(self, count)
+
+    def log_likelihood(self, merges: Tensor, lengths: Tensor) -> Tensor:
+        """log p(alignment | tree, lengths) of whole trees `[T, n-1, 2]`: float64 `[T]`."""
+        total = torch.zeros(len(merges), dtype=torch.float64)
+        for part in self.parts:
+            total += torch.from_numpy(
+                felsenstein.log_likelihoods(part.tips, part.process, merges.numpy(), lengths.double().numpy())
+            )
+        return total
+
+
+class _Part:
+    """One partition, its variable patterns first."""
+
+    def __init__(self, masks: NDArray[np.uint8], weights: NDArray[np.float64], process: Process) -> None:
+        constant = np.bitwise_and.reduce(masks, axis=0) > 0
+        order = np.argsort(constant, kind="stable")
+        self.tips = felsenstein.tips(np.ascontiguousarray(masks[:, order]), weights[order])
+        self.process = process
+        self.seen = int((~constant).sum())
+        self.features = 4 * self.seen
+        seen = torch.from_numpy(weights[order][: self.seen]).float()
+        self.scale = _SCALE * (seen / seen.mean().clamp(min=1e-9)).sqrt() if self.seen else seen
+
+    def of_leaves(self) -> Tensor:
+        partials = torch.from_numpy(self.tips.partials[:, :, : self.seen])
+        frequencies = torch.from_numpy(self.process.frequencies[0]).float()
+        return self.of_partials(partials / (partials * frequencies[:, None]).sum(1, keepdim=True))
+
+    def of_partials(self, partials: Tensor) -> Tensor:
+        """`[T, 4, seen]` -> `[T, features]`."""
+        return ((partials - 1.0) * self.scale).flatten(1)
+
+
+class _PartialsGrown(Grown):
+    def __init__(self, evidence: LikelihoodEvidence, count: int) -> None:
+        super().__init__(evidence, count)
+        self.parts = evidence.parts
+        self.partials = [
+            np.empty((count, evidence.n - 1, part.process.rates.shape[1], *part.tips.partials.shape[1:]), np.float32)
+            for part in evidence.parts
+        ]
+
+    def _features(
+        self, step: int, left: NDArray[np.int32], right: NDArray[np.int32], lengths: Tensor
+    ) -> Tensor:
+        found = []
+        for part, tables in zip(self.parts, self.partials, strict=True):
+            felsenstein.join(part.tips, part.process, tables, left, right, lengths.double().numpy(), step)
+            new = torch.from_numpy(tables[:, step, :, :, : part.seen])
+            found.append(part.of_partials(new[:, 0] if new.shape[1] == 1 else new.mean(1)))
+        return found[0] if len(found) == 1 else torch.cat(found, 1)

@@ -74,6 +74,19 @@ def _emit_power_of_two(builder: Any, x: Any) -> Any:
 # Coefficients of 2^x on [-1/2, 1/2], highest first, for the least relative error that leaves 1 at 0: 2e-9.
 _POWER_OF_TWO = (0.00015353362, 0.0013398875, 0.00961843692, 0.0555033237, 0.240226477, 0.693147182, 1.0)
 
+_EXPONENT = _constant(_INTEGERS, 0x7F800000)
+
+
+def _emit_exponent(builder: Any, x: Any) -> Any:
+    bits = builder.and_(builder.bitcast(x, _INTEGERS), _EXPONENT)
+    return builder.sitofp(builder.sub(builder.lshr(bits, _constant(_INTEGERS, 23)), _constant(_INTEGERS, 127)), _FLOATS)
+
+
+def _emit_unit(builder: Any, x: Any) -> Any:
+    bits = builder.and_(builder.bitcast(x, _INTEGERS), _EXPONENT)
+    return builder.bitcast(builder.sub(_constant(_INTEGERS, 254 << 23), bits), _FLOATS)
+
+
 add = _operation(2, lambda builder, x, y: builder.fadd(x, y))
 subtract = _operation(2, lambda builder, x, y: builder.fsub(x, y))
 multiply = _operation(2, lambda builder, x, y: builder.fmul(x, y))
@@ -82,6 +95,11 @@ maximum = _operation(2, lambda builder, x, y: builder.select(builder.fcmp_ordere
 reciprocal = _operation(1, lambda builder, x: builder.fdiv(_constant(_FLOATS, 1.0), x))
 power_of_two = _operation(1, _emit_power_of_two)
 """2^x for x <= 0 to a relative error of 2e-7, and 0 below -126.5: bits of the exponent times a polynomial."""
+
+exponent = _operation(1, _emit_exponent)
+"""The exponent e of x = m 2^e, 1 <= m < 2, for x > 0; -127 for 0."""
+power_to_unit = _operation(1, _emit_unit)
+"""2^-e for that e, by which x becomes m, exactly."""
 
 
 @_lowered

@@ -29,7 +29,7 @@ from headwater.replay import ReplaySettings
 from headwater.reward import Reward, cache_of
 from headwater.runs import Checkpoint, Metrics, Run
 from headwater.search import ExplorationSettings as ExplorationSettings  # also found here, beside Training
-from headwater.search import Searcher, SearchSettings, build_search
+from headwater.search import Explorer, Searcher, SearchSettings, build_search
 from headwater.trajectories import Trajectories
 
 Evaluate = Callable[[Policy], Metrics]
@@ -89,7 +89,8 @@ class Trainer:
     """Trains `policy` on `reward`. With a run folder it logs, checkpoints and resumes; without one it only learns.
 
     given: final states `[N, width]` of objects to learn from, in the place of drawing new ones; the objective "mle"
-    needs them, every other may take them.
+    needs them, every other may take them. explorer: makes who draws in the place of the policy that it is given, if
+    `exploration` does not say.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Trainer:
         evaluate: Evaluate | None = None,
         given: Tensor | None = None,
         search: SearchSettings | None = None,
+        explorer: Callable[[Policy], Explorer] | None = None,
     ) -> None:
         self.policy, self.objective, self.training = policy, objective, training
         self.exploration = exploration or ExplorationSettings()
@@ -113,7 +115,7 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(seed)
         self.replay = (replay or ReplaySettings()).build(policy.objects) if training.replayed else None
         self.average = copy.deepcopy(policy).requires_grad_(False) if self.exploration.average else None
-        self.explorer = self.exploration.explorer(self.average or policy)
+        self.explorer = (explorer or self.exploration.explorer)(self.average or policy)
         if given is not None and (self.explorer or self.exploration.local_search.rounds):
             raise ValueError("given objects take the place of search: local_search, thompson and teacher must be off")
         searcher = Searcher(

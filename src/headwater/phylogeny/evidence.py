@@ -15,7 +15,9 @@ from torch import Tensor
 
 from headwater.phylogeny import felsenstein, fitch
 from headwater.phylogeny.models import Process
+from headwater.phylogeny.pairs import FURTHEST
 
+_UNKNOWN = 15  # any of A, C, G, T
 _SCALE = 0.3  # of a pattern of mean weight, so that sums over hundreds of them are of order one
 
 
@@ -45,7 +47,7 @@ class Grown:
         fitch.pair_costs(
             evidence.sites.leaves, self.sets, np.full(len(first), node, np.int32), others.int().numpy(), changes, comparable
         )
-        for table, found in ((self.changes, changes), (self.comparable, comparable)):
+        for table, found in ((self.changes, changes), (self.comparable, comparable + np.float32(evidence.alike))):
             values = torch.from_numpy(found).float()
             table[:, node].scatter_(1, others, values)
             table[self.here[:, None], others, node] = values
@@ -60,24 +62,44 @@ class Grown:
 class Evidence(ABC):
     """An alignment as a network sees it.
 
-    n: leaves. features: numbers that describe a node. leaves: float32 `[n, features]`. has_lengths: whether the edges'
-    lengths matter. sites: all variable sites, for comparing trees.
+    n: leaves. n_sites: sites of the alignment. features: numbers that describe a node. leaves: float32 `[n, features]`. has_lengths: whether the edges'
+    lengths matter. sites: all variable sites, for comparing trees; alike: about how many others any two have in common.
     """
 
     has_lengths: bool
 
     def __init__(self, masks: NDArray[np.uint8], weights: NDArray[np.float64], planes: int) -> None:
-        self.n = len(masks)
+        self.n, self.n_sites = len(masks), float(weights.sum())
+        self.masks, self.weights = masks, torch.from_numpy(np.asarray(weights, np.float64))
         self.sites = fitch.pack(masks, weights, planes, informative_only=False)
+        varies = np.bitwise_and.reduce(masks, axis=0) == 0  # the sites packed
+        # known by most trees and the same in all: a share of them is as good as a count
+        self.alike = float(((masks != _UNKNOWN).mean(0) * weights)[~varies].sum())
         n = self.n
         changes, comparable = np.empty((2, n, n), np.int32)
         nodes, every = np.arange(n, dtype=np.int32), np.tile(np.arange(n, dtype=np.int32), (n, 1))
         nothing = np.empty((n, n - 1, *self.sites.leaves.shape[1:]), np.uint64)
         fitch.pair_costs(self.sites.leaves, nothing, nodes, every, changes, comparable)
         self.leaf_changes = torch.from_numpy(changes).float()
-        self.leaf_comparable = torch.from_numpy(comparable).float()
+        self.leaf_comparable = torch.from_numpy(comparable).float() + self.alike
         self.features: int
         self.leaves: Tensor
+
+    def resampled_distances(self, count: int, generator: torch.Generator) -> NDArray[np.float64]:
+        """Distances of leaves, corrected for unseen changes (Jukes & Cantor 1969), from sites drawn with replacement:
+        float64 `[count, n, n]`.
+        """
+        size = len(self.weights)
+        drawn = torch.multinomial(self.weights, count * int(self.n_sites), True, generator=generator).view(count, -1)
+        counts = torch.zeros(count, size, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(drawn.shape).double())
+        changed, known = np.empty((2, count, self.n, self.n))
+        for i in range(self.n):
+            apart = (self.masks[i] & self.masks) == 0
+            both = (self.masks[i] != _UNKNOWN) & (self.masks != _UNKNOWN)
+            changed[:, i] = counts.numpy() @ apart.T
+            known[:, i] = counts.numpy() @ both.T
+        share = np.minimum(changed / np.maximum(known, 1), FURTHEST)
+        return -0.75 * np.log1p(-share * (4 / 3))
 
     @abstractmethod
     def start(self, count: int) -> Grown:
@@ -170,7 +192,7 @@ class _Part:
 
     def of_leaves(self) -> Tensor:
         partials = torch.from_numpy(self.tips.partials[:, :, : self.seen])
-        frequencies = torch.from_numpy(self.process.frequencies[0]).float()
+        frequencies = torch.tensor(self.process.frequencies[0], dtype=torch.float32)
         return self.of_partials(partials / (partials * frequencies[:, None]).sum(1, keepdim=True))
 
     def of_partials(self, partials: Tensor) -> Tensor:

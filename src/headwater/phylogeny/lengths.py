@@ -14,9 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 _LOG_2PI = math.log(2 * math.pi)
-_WIDTH, _SPREAD = 0.7, 0.7  # of each component at the start, and of their middles, in log length
-_NARROWEST, _WIDEST, _FURTHEST = 0.03, 2.0, 4.0  # a component's width, and how far it can move from the guess
-_START = math.log((math.log(_WIDTH / _NARROWEST)) / (math.log(_WIDEST / _WIDTH)))
+_FURTHEST, _STRETCH = 4.0, 2.0  # how far a component can move from the guess, and widen or narrow, in log length
 
 
 class LengthDensity(Protocol):
@@ -37,11 +35,15 @@ class LengthDensity(Protocol):
 
 
 class MixtureLengths:
-    """Mixtures of log-normal densities. Nothing is clipped: a point mass at a border would bias the balance."""
+    """Mixtures of log-normal densities. Nothing is clipped: a point mass at a border would bias the balance.
 
-    def __init__(self, components: int) -> None:
-        self.components = components
-        self.offsets = _SPREAD * torch.linspace(-1, 1, components) if components > 1 else torch.zeros(1)
+    sites: of the alignment. A branch on which c substitutions are expected is known to about 1 / sqrt(c) of its length:
+    so wide are the components at the start.
+    """
+
+    def __init__(self, components: int, sites: float) -> None:
+        self.components, self.sites = components, sites
+        self.offsets = torch.linspace(-1, 1, components) if components > 1 else torch.zeros(1)
 
     @property
     def outputs(self) -> int:
@@ -62,9 +64,9 @@ class MixtureLengths:
 
     def _parts(self, output: Tensor, guess: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         log_weight, shift, stretch = output.float().chunk(3, dim=1)
-        mean = guess.log()[:, None] + self.offsets.to(output.device) + _FURTHEST * torch.tanh(shift / _FURTHEST)
-        log_width = math.log(_NARROWEST) + math.log(_WIDEST / _NARROWEST) * torch.sigmoid(stretch + _START)
-        return log_weight.log_softmax(1), mean, log_width
+        log_known = -0.5 * (guess * self.sites + 1).log()[:, None]
+        mean = guess.log()[:, None] + log_known.exp() * self.offsets + _FURTHEST * torch.tanh(shift / _FURTHEST)
+        return log_weight.log_softmax(1), mean, log_known + _STRETCH * torch.tanh(stretch / _STRETCH)
 
 
 class BinnedLengths:

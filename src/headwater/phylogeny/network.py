@@ -53,8 +53,9 @@ class ForestNetwork:
         if self.lengths not in get_args(Lengths):
             raise ValueError(f"lengths = {self.lengths!r}: must be one of {', '.join(get_args(Lengths))}")
 
-    def density(self) -> LengthDensity:
-        return MixtureLengths(self.components) if self.lengths == "mixture" else BinnedLengths(self.bins)
+    def density(self, sites: float) -> LengthDensity:
+        """Of branch lengths, for an alignment of so many sites."""
+        return MixtureLengths(self.components, sites) if self.lengths == "mixture" else BinnedLengths(self.bins)
 
 
 class ForestEncoder(nn.Module):

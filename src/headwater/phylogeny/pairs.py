@@ -17,7 +17,8 @@ from torch import Tensor
 from headwater.native import kept_njit
 
 PAIR_FEATURES = 9
-_FURTHEST = 0.7  # share of changed sites from which the correction would run away; it is infinite at 3/4
+FURTHEST = 0.7
+"""The largest share of changed sites that is corrected for unseen changes: at 3/4 the correction is infinite."""
 
 
 def pair_index(size: int) -> tuple[Tensor, Tensor]:
@@ -50,7 +51,7 @@ def _describe(changes, comparable, roots, n, features, guesses):  # type: ignore
             for j in range(i + 1, size):
                 changed = changes[t, roots[t, i], roots[t, j]]
                 known = max(comparable[t, roots[t, i], roots[t, j]], 1.0)
-                share = min(changed / known, _FURTHEST)
+                share = min(changed / known, FURTHEST)
                 away[i, j] = away[j, i] = -0.75 * math.log(1.0 - share * (4.0 / 3.0))
                 sites += known
                 mean += away[i, j]

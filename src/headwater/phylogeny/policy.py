@@ -58,7 +58,7 @@ class TreePolicy(StatePolicy):
         self.encoder, self.score = ForestEncoder(network), PairScore(network)
         self.flow = Linear(network.width, 1)
         self.undo = Linear(network.width, 1) if backward == "learned" else None
-        self.density = network.density() if evidence.has_lengths else None
+        self.density = network.density(evidence.n_sites) if evidence.has_lengths else None
         if self.density is not None:
             self.lengths = LengthHead(network, self.density.outputs)
             self.last_length = LengthHead(network, self.density.outputs)
@@ -161,8 +161,11 @@ class TreePolicy(StatePolicy):
         return out
 
     def objects(self, trajectories: Trajectories) -> Objects:
-        tables, above = self._finished(trajectories)
-        return tables if self.density is None else torch.cat([tables.float(), above], 1)
+        return self.assembled(*self._finished(trajectories))
+
+    def assembled(self, tables: Tensor, above: Tensor | None) -> Tensor:
+        """Objects of tables and, where trees have lengths, those above their nodes."""
+        return tables if self.density is None or above is None else torch.cat([tables.float(), above], 1)
 
     # Drawing
 

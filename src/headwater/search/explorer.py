@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from headwater.environments.base import Objects
 from headwater.objectives import Objective
 from headwater.policies.base import LogProbs, Policy
-from headwater.policies.environment_policy import EnvironmentPolicy
 from headwater.trajectories import Trajectories
 
 
@@ -21,7 +20,7 @@ class Explorer(Policy):
     `log_behaviour` of what it draws is under the member (the head, the teacher, the student) that drew it.
     """
 
-    def __init__(self, student: EnvironmentPolicy, own: nn.Module) -> None:
+    def __init__(self, student: Policy, own: nn.Module) -> None:
         super().__init__()
         self.student, self.own = student, own
 

@@ -46,6 +46,7 @@ class TeacherSettings:
 class Teacher(Explorer):
     """Each trajectory is the teacher's with probability `share`, the student's otherwise."""
 
+    student: EnvironmentPolicy
     own: EnvironmentPolicy
 
     def __init__(self, student: EnvironmentPolicy, settings: TeacherSettings) -> None:

@@ -73,6 +73,7 @@ class Heads(nn.Module):
 class Thompson(Explorer):
     """Draws each trajectory with one of the heads; each head learns the sampler's objective on its bootstrap."""
 
+    student: EnvironmentPolicy
     own: Heads
 
     def __init__(self, student: EnvironmentPolicy, settings: ThompsonSettings) -> None:

@@ -1,0 +1,136 @@
+"""Local search in the space of trees: Markov chains of local moves, whose trees the policy learns from beside its own.
+
+The policy must have met the high ground before its balance can weigh it. So part of every batch is taken from a pool of
+chains that start at neighbour-joining trees of resampled sites (Felsenstein's bootstrap, 1985), each a few
+Metropolis-Hastings moves further, and is walked back by the backward policy. That only says where the policy learns:
+how much each tree weighs is asked of the reward, so it matters little how well the chains mix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from headwater.conditions import Conditions
+from headwater.objectives import Objective
+from headwater.phylogeny.moves import UNIFORMS, neighbour_joining, propose
+from headwater.phylogeny.policy import TreePolicy
+from headwater.phylogeny.walks import tables_of
+from headwater.policies.base import Exploration, LogProbs
+from headwater.reward import Reward
+from headwater.search.explorer import Explorer
+from headwater.trajectories import Trajectories
+
+
+@dataclass(frozen=True)
+class ChainSettings:
+    """Local search by chains of moves on trees."""
+
+    share: float = 0.5
+    """Share of the fresh trajectories that come from the chains; 0 for none."""
+    pool: int = 256
+    """Chains, each started from a neighbour-joining tree of resampled sites."""
+    moves: int = 8
+    """Moves that a chain makes before its tree is learned from again."""
+    warm_up: int = 500
+    """Moves that every chain makes before the first iteration."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise ValueError(f"share = {self.share}: must be at least 0 and below 1")
+        for name in ("pool", "moves"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if self.warm_up < 0:
+            raise ValueError(f"warm_up = {self.warm_up}: must not be negative")
+
+
+class Pool(nn.Module):
+    """Where every chain is. Buffers only, so that a checkpoint holds it.
+
+    table: int32 `[pool, 2 (n-1)]`. above: float32 `[pool, 2n-1]`. condition: `[pool, C]`, what each chain is at.
+    log_reward: float32 `[pool]`, NaN before the first move. turn: the next chain to move.
+    """
+
+    table: Tensor
+    above: Tensor
+    condition: Tensor
+    log_reward: Tensor
+    turn: Tensor
+
+    def __init__(self, n: int, pool: int, condition_size: int) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.zeros(pool, 2 * (n - 1), dtype=torch.int32))
+        self.register_buffer("above", torch.zeros(pool, 2 * n - 1))
+        self.register_buffer("condition", torch.zeros(pool, condition_size))
+        self.register_buffer("log_reward", torch.full((pool,), torch.nan))
+        self.register_buffer("turn", torch.zeros((), dtype=torch.int64))
+
+
+class TreeChains(Explorer):
+    """Draws a share of the trajectories from the chains, the others with the student."""
+
+    own: Pool
+
+    def __init__(self, student: TreePolicy, reward: Reward, conditions: Conditions, settings: ChainSettings) -> None:
+        super().__init__(student, nn.Module())
+        del self._modules["own"]  # no weights: a search process that gets new ones keeps the chains that it has
+        object.__setattr__(self, "own", Pool(student.n, settings.pool, conditions.size))
+        self.trees, self.reward, self.conditions, self.settings = student, reward, conditions, settings
+
+    def sample(self, condition: Tensor, exploration: Exploration, generator: torch.Generator) -> Trajectories:
+        """The trajectories of chains have the chains' own conditions; their `log_behaviour` is that of the walk."""
+        count = round(self.settings.share * len(condition))
+        if self.own.log_reward.isnan().any():
+            self._start(generator)
+        drawn = [self._advance(count, generator)] if count else []
+        if count < len(condition):
+            drawn.append(self.student.sample(condition[count:], exploration, generator))
+        return Trajectories.concatenate(drawn)
+
+    def loss(
+        self, objective: Objective, log_probs: LogProbs, batch: Trajectories, generator: torch.Generator
+    ) -> Tensor:
+        """Nothing is learned beside the student."""
+        return log_probs.log_z.new_zeros(())
+
+    def _advance(self, count: int, generator: torch.Generator) -> Trajectories:
+        """Move the next chains on, and walk back from where they come to."""
+        pool = self.own
+        chosen = (int(pool.turn) + torch.arange(count)) % len(pool.table)
+        pool.turn += count
+        for _ in range(self.settings.moves):
+            self._move(chosen, generator)
+        objects = self.trees.assembled(pool.table[chosen], pool.above[chosen])
+        walked = self.trees.sample_to(objects, pool.condition[chosen], generator)
+        return replace(walked, version=torch.full_like(walked.version, self.version))
+
+    def _move(self, chosen: Tensor, generator: torch.Generator) -> None:
+        """One Metropolis-Hastings move of each chain that is `chosen`, `[K]`."""
+        pool, count = self.own, len(chosen)
+        uniform = torch.rand(count, UNIFORMS + 1, dtype=torch.float64, generator=generator)
+        above = pool.above[chosen] if self.trees.evidence.has_lengths else None
+        table, above, ratio = propose(pool.table[chosen], above, uniform[:, 1:])
+        log_reward = self.reward(self.trees.assembled(table, above), pool.condition[chosen])
+        gain = (log_reward - pool.log_reward[chosen]).double() + ratio
+        accepted = uniform[:, 0].log() < gain  # NaN, of a reward that failed, is never accepted
+        moved = chosen[accepted]
+        pool.table[moved], pool.log_reward[moved] = table[accepted], log_reward[accepted]
+        if above is not None:
+            pool.above[moved] = above[accepted]
+
+    def _start(self, generator: torch.Generator) -> None:
+        pool, evidence = self.own, self.trees.evidence
+        merges, lengths = neighbour_joining(
+            evidence.resampled_distances(len(pool.table), generator), 0.3 / evidence.n_sites
+        )
+        table, above = tables_of(merges, lengths)
+        pool.table.copy_(table)
+        pool.above.copy_(above)
+        pool.condition.copy_(self.conditions.draw(len(table), 1, generator))
+        objects = self.trees.assembled(table, above)
+        pool.log_reward.copy_(self.reward(objects, pool.condition))
+        for _ in range(self.settings.warm_up):
+            self._move(torch.arange(len(table)), generator)

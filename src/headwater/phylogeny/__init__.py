@@ -1,0 +1,1 @@
+"""Phylogeny: trees in proportion to parsimony or to their Bayesian posterior, from an alignment of DNA."""

@@ -108,7 +108,9 @@ def phylip_rows(text: str, file: str) -> Rows:
     closest = min(readings, key=distance)  # nothing fits: the reading whose faults are the fewest to name
     if len(closest) != taxa:
         where = f"{file}, line {lines[0][0]}"
-        raise AlignmentError(f"{where}: {taxa} taxa of {sites} sites are declared, the data read as {len(closest)} rows")
+        raise AlignmentError(
+            f"{where}: {taxa} taxa of {sites} sites are declared, the data read as {len(closest)} rows"
+        )
     return Rows(closest, sites)
 
 
@@ -205,7 +207,9 @@ def _matrix(text: str, first_line: int, layout: _Layout, file: str) -> list[Row]
         first = rows[0].text
         for row in rows[1:]:
             text, start = row.text, 0
-            resolved = "".join(b if a == layout.match else a for a, b in zip(text, first, strict=False)) + text[len(first) :]
+            resolved = (
+                "".join(b if a == layout.match else a for a, b in zip(text, first, strict=False)) + text[len(first) :]
+            )
             for i, (line, letters) in enumerate(row.pieces):
                 row.pieces[i] = (line, resolved[start : start + len(letters)])
                 start += len(letters)
@@ -228,7 +232,9 @@ def _plain(letters: str, layout: _Layout, row: Row, line: int, file: str) -> str
         if layout.mixed and not set(inner) <= set(IUPAC):
             return layout.missing  # of the part that is left out
         if not inner or not set(inner) <= set(IUPAC):
-            raise AlignmentError(f"{file}, line {line}, taxon {row.name!r}: set {match[0]}; its letters must be nucleotides")
+            raise AlignmentError(
+                f"{file}, line {line}, taxon {row.name!r}: set {match[0]}; its letters must be nucleotides"
+            )
         return _SET_LETTER[frozenset("".join(IUPAC[letter] for letter in inner))]
 
     letters = re.sub(r"\{[^}]*\}|\([^)]*\)", one_letter, letters)

@@ -159,7 +159,9 @@ def _alignment(rows: Rows, path: Path) -> Alignment:
     for row in rows.rows:
         if (found := len(row.text)) != length:
             said = "are declared" if rows.sites is not None else f"has the first taxon, {rows.rows[0].name!r}"
-            raise AlignmentError(f"{_where(path, row)}: {found} sites; {length} {said}, and all rows must be of one length")
+            raise AlignmentError(
+                f"{_where(path, row)}: {found} sites; {length} {said}, and all rows must be of one length"
+            )
     if not length:
         raise AlignmentError(f"{path}: the rows hold no letters")
     states = np.stack([_STATE[np.frombuffer(row.text.encode("ascii"), dtype=np.uint8)] for row in rows.rows])

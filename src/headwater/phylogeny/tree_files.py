@@ -138,7 +138,12 @@ _FAULTS = {
 
 
 def _parsed(
-    content: bytes, spans: Sequence[tuple[int, int]], taxa: list[str], translate: Mapping[str, str], source: str, first: int
+    content: bytes,
+    spans: Sequence[tuple[int, int]],
+    taxa: list[str],
+    translate: Mapping[str, str],
+    source: str,
+    first: int,
 ) -> Trees:
     words = {name: i for i, name in enumerate(taxa)}
     words |= {key: words[name] for key, name in translate.items() if name in words}
@@ -351,8 +356,10 @@ def _parse(
                     left, right = begin + 1, i
                     i += 1
                 else:
-                    while i < stop and text[i] > 32 and not (
-                        text[i] == 40 or text[i] == 41 or text[i] == 44 or text[i] == 58 or text[i] == 91
+                    while (
+                        i < stop
+                        and text[i] > 32
+                        and not (text[i] == 40 or text[i] == 41 or text[i] == 44 or text[i] == 58 or text[i] == 91)
                     ):
                         i += 1
                     left, right = begin, i

@@ -36,7 +36,9 @@ class Trees:
     def __post_init__(self) -> None:
         shape = (len(self.merges), len(self.taxa) - 1, 2)
         if len(self.taxa) < 3 or self.merges.shape != shape:
-            raise ValueError(f"merges have shape {self.merges.shape}; of {len(self.taxa)} taxa it must be {shape}, n >= 3")
+            raise ValueError(
+                f"merges have shape {self.merges.shape}; of {len(self.taxa)} taxa it must be {shape}, n >= 3"
+            )
         if self.lengths is not None and self.lengths.shape != shape:
             raise ValueError(f"lengths have shape {self.lengths.shape}; it must be {shape}, as of the merges")
 
@@ -114,7 +116,9 @@ def from_canonical(taxa: Sequence[str], tables: Ints, lengths: Floats | None = N
     count = len(taxa) - 1
     tables = np.ascontiguousarray(tables, dtype=np.int32).reshape(-1, count, 2)
     merges, order = _from_canonical(tables)
-    return Trees(tuple(taxa), merges, None if lengths is None else np.take_along_axis(lengths, order[:, :, None], axis=1))
+    return Trees(
+        tuple(taxa), merges, None if lengths is None else np.take_along_axis(lengths, order[:, :, None], axis=1)
+    )
 
 
 def concatenated(parts: Sequence[Trees]) -> Trees:

@@ -39,6 +39,13 @@ class Row:
     def text(self) -> str:
         return "".join(letters for _, letters in self.pieces)
 
+    def replace(self, text: str) -> None:
+        """Other letters, as many, in the same lines."""
+        start = 0
+        for i, (line, letters) in enumerate(self.pieces):
+            self.pieces[i] = (line, text[start : start + len(letters)])
+            start += len(letters)
+
     def line_of(self, position: int) -> int:
         """The line in which the letter at a position, counted from 0, stands."""
         for line, letters in self.pieces:
@@ -182,6 +189,9 @@ class _Layout:
         self.gap = options.get("gap", self.gap).strip("'\"")
         self.missing = options.get("missing", self.missing).strip("'\"")
         self.match = options.get("matchchar", self.match).strip("'\"")
+        for name, symbol in (("gap", self.gap), ("missing", self.missing), ("matchchar", self.match)):
+            if len(symbol) != 1 and (symbol or name != "matchchar"):
+                raise AlignmentError(f"{where}: {name}={symbol}; must be one character")
 
 
 def _matrix(text: str, first_line: int, layout: _Layout, file: str) -> list[Row]:
@@ -206,13 +216,9 @@ def _matrix(text: str, first_line: int, layout: _Layout, file: str) -> list[Row]
     if layout.match and rows:
         first = rows[0].text
         for row in rows[1:]:
-            text, start = row.text, 0
-            resolved = (
-                "".join(b if a == layout.match else a for a, b in zip(text, first, strict=False)) + text[len(first) :]
-            )
-            for i, (line, letters) in enumerate(row.pieces):
-                row.pieces[i] = (line, resolved[start : start + len(letters)])
-                start += len(letters)
+            letters = row.text
+            meant = "".join(b if a == layout.match else a for a, b in zip(letters, first, strict=False))
+            row.replace(meant + letters[len(first) :])
     return rows
 
 
@@ -220,10 +226,9 @@ def _goes_on(line: str, row: Row, layout: _Layout) -> bool:
     """Whether a line of a sequential matrix belongs to the row before it, which is not full yet."""
     if layout.sites is None:
         return not row.pieces
-    have = sum(len(letters) for _, letters in row.pieces)
     words = line.split()
-    named = len(words) > 1 and not _LETTERS.issuperset(words[0]) and not re.fullmatch(r"[\W\d]+", words[0])
-    return have < layout.sites and not named
+    named = len(words) > 1 and not _LETTERS.issuperset(words[0])
+    return len(row.text) < layout.sites and not named
 
 
 def _plain(letters: str, layout: _Layout, row: Row, line: int, file: str) -> str:
@@ -238,7 +243,7 @@ def _plain(letters: str, layout: _Layout, row: Row, line: int, file: str) -> str
         return _SET_LETTER[frozenset("".join(IUPAC[letter] for letter in inner))]
 
     letters = re.sub(r"\{[^}]*\}|\([^)]*\)", one_letter, letters)
-    return letters.translate(str.maketrans({layout.missing: "?", layout.gap: "-"}))
+    return letters.translate({ord(layout.missing): "?", ord(layout.gap): "-"})
 
 
 def _dna_part(rows: Rows, mixed: Sequence[tuple[str, int, int]], file: str) -> Rows:
@@ -250,9 +255,8 @@ def _dna_part(rows: Rows, mixed: Sequence[tuple[str, int, int]], file: str) -> R
     whole = [row for row in rows.rows if len(row.text) > max(kept)]
     if len(whole) < len(rows.rows):
         short = next(row for row in rows.rows if row not in whole)
-        raise AlignmentError(
-            f"{file}, line {short.line}, taxon {short.name!r}: {len(short.text)} sites; the parts reach to {max(kept) + 1}"
-        )
+        where = f"{file}, line {short.line}, taxon {short.name!r}"
+        raise AlignmentError(f"{where}: {len(short.text)} sites; the parts of the matrix reach to {max(kept) + 1}")
     for row in rows.rows:
         start, pieces = 0, []
         for line, letters in row.pieces:

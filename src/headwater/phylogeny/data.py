@@ -67,6 +67,15 @@ class Alignment:
     partitions: tuple[Partition, ...]
     source: Path | None = None
 
+    def __post_init__(self) -> None:
+        if self.states.ndim != 2 or len(self.states) != len(self.taxa) or len(set(self.taxa)) < len(self.taxa):
+            raise ValueError(
+                f"states of shape {self.states.shape}: must have a row for each of {len(self.taxa)} different names"
+            )
+        together = np.sort(np.concatenate([part.sites for part in self.partitions]))
+        if not np.array_equal(together, np.arange(self.sites)):
+            raise ValueError("partitions: their sites must be disjoint and together be all sites, counted from 0")
+
     @property
     def sites(self) -> int:
         """The number of columns."""
@@ -132,8 +141,8 @@ def _format_of(text: str, path: Path) -> str:
     if re.match(r"\d+\s+\d+(\s|$)", start):
         return "phylip"
     raise AlignmentError(
-        f"{path}, line 1: starts with {start[:20].splitlines()[0]!r}; legal are FASTA ('>name'), PHYLIP (numbers of taxa "
-        "and sites) and NEXUS ('#NEXUS'), and others by their name in Biopython given as the format"
+        f"{path}, line 1: starts with {start[:20].splitlines()[0]!r}; legal are FASTA ('>name'), PHYLIP (numbers of "
+        "taxa and sites) and NEXUS ('#NEXUS'), and others by their name in Biopython given as the format"
     )
 
 
@@ -145,7 +154,7 @@ def _biopython_rows(path: Path, format: str) -> Rows:
             f"format {format!r}: read with Biopython; install it with pip install 'headwater[phylogeny]'"
         ) from error
     try:
-        records = list(AlignIO.read(path, format))
+        records = list(AlignIO.read(path, format))  # type: ignore[no-untyped-call]
     except ValueError as error:
         raise AlignmentError(f"{path}, as {format!r}: {error}") from error
     return Rows([Row(record.id, 0, [(0, str(record.seq))]) for record in records])
@@ -164,13 +173,18 @@ def _alignment(rows: Rows, path: Path) -> Alignment:
             )
     if not length:
         raise AlignmentError(f"{path}: the rows hold no letters")
-    states = np.stack([_STATE[np.frombuffer(row.text.encode("ascii"), dtype=np.uint8)] for row in rows.rows])
+    states = np.stack([_states(row.text) for row in rows.rows])
     for row, line in zip(rows.rows, states, strict=True):
         if (line >= UNKNOWN).all():
             raise AlignmentError(
-                f"{_where(path, row)}: gaps and unknown nucleotides alone; such a taxon fits everywhere in a tree: leave it out"
+                f"{_where(path, row)}: gaps and unknown nucleotides alone; such a taxon fits anywhere: leave it out"
             )
     return Alignment(tuple(row.name for row in rows.rows), states, _partitions(rows, length), path)
+
+
+def _states(letters: str) -> NDArray[np.uint8]:
+    # A letter beyond Latin-1 becomes several, of which the first, a backslash, is as illegal and in the same place.
+    return _STATE[np.frombuffer(letters.encode("latin-1", "backslashreplace"), dtype=np.uint8)]
 
 
 def _check_names(rows: Rows, path: Path) -> None:
@@ -190,13 +204,12 @@ def _check_letters(rows: Rows, path: Path) -> None:
     amino_acids = sum(text.count(letter) for letter in _AMINO_ACIDS_ONLY)
     if amino_acids > 0.05 * len(text):
         raise AlignmentError(
-            f"{path}: {amino_acids:,} of {len(text):,} letters stand for amino acids alone (E, F, I, L, P, Q ...): this "
-            "seems to be a protein alignment, and DNA is what is supported"
+            f"{path}: {amino_acids:,} of {len(text):,} letters stand for amino acids alone (E, F, I, L, P, Q ...): "
+            "this seems to be a protein alignment, and DNA is what is supported"
         )
     for row in rows.rows:
         letters = row.text
-        codes = np.array([ord(letter) if ord(letter) < 256 else 0 for letter in letters], dtype=np.uint8)
-        illegal = np.flatnonzero(_STATE[codes] == _ILLEGAL)
+        illegal = np.flatnonzero(_states(letters) == _ILLEGAL)
         if len(illegal):
             position = int(illegal[0])
             hint = " (a match character must be declared: NEXUS, matchchar=.)" if letters[position] == "." else ""

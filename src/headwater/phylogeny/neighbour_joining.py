@@ -1,4 +1,4 @@
-"""Neighbour joining (Saitou & Nei 1987, in the form of Studier & Keppler 1988) on distances between aligned sequences."""
+"""Neighbour joining (Saitou & Nei 1987, in the form of Studier & Keppler 1988) on distances of aligned sequences."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ leaf i. Only the n - 3 inner edges of a tree have one that says something. Weigh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,14 +106,14 @@ def split_frequencies(trees: Trees, weights: ArrayLike | None = None) -> SplitTa
     found, inner, leaves = splits(trees)
     distinct, index = _distinct(found.reshape(-1, found.shape[2]))
     each = np.repeat(w, found.shape[1])
-    frequency = np.bincount(index, each, len(distinct))
+    frequency = _sums(index, each, len(distinct))
     order = np.argsort(-frequency, kind="stable")
     mean = None
     if inner is not None:
-        total = np.bincount(index, each * inner.reshape(-1), len(distinct))
+        total = _sums(index, each * inner.reshape(-1), len(distinct))
         mean = np.divide(total, frequency, out=np.zeros_like(total), where=frequency > 0)[order]
     leaf_lengths = None if leaves is None else w @ leaves
-    return SplitTable(trees.taxa, distinct[order], frequency[order], mean, leaf_lengths)
+    return SplitTable(trees.taxa, distinct[order], np.minimum(frequency[order], 1), mean, leaf_lengths)
 
 
 def topologies(trees: Trees, weights: ArrayLike | None = None) -> TopologyTable:
@@ -124,7 +123,7 @@ def topologies(trees: Trees, weights: ArrayLike | None = None) -> TopologyTable:
     rows = np.ascontiguousarray(tables).view(np.dtype((np.void, tables.dtype.itemsize * tables.shape[1]))).reshape(-1)
     _, first, index = np.unique(rows, return_index=True, return_inverse=True)
     index = index.reshape(-1)
-    probability = np.bincount(index, w, len(first))
+    probability = _sums(index, w, len(first))
     order = np.lexsort((first, -probability))
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
@@ -138,7 +137,7 @@ def topologies(trees: Trees, weights: ArrayLike | None = None) -> TopologyTable:
 
 
 def robinson_foulds(trees: Trees, others: Trees | None = None) -> NDArray[np.int32]:
-    """Robinson & Foulds (1981) distances, int32 `[T, T]` or `[T, U]`: the number of splits that one of two trees has."""
+    """Robinson & Foulds (1981) distances, int32 `[T, T]` or `[T, U]`: the number of splits that only one tree has."""
     both = trees if others is None else concatenated([trees, others])
     found, _, _ = splits(both)
     _, index = _distinct(found.reshape(-1, found.shape[2]))
@@ -180,7 +179,8 @@ class Comparison:
     """How far two samples of trees are apart.
 
     split_deviation: average standard deviation of split frequencies, over splits with frequency 0.1 or more in either
-    sample, each deviation with n - 1 = 1 below the line, so |a - b| / sqrt 2: MrBayes' diagnostic. largest_deviation:
+    sample, each deviation of the two with n - 1 = 1 below the line, so |a - b| / sqrt 2, as MrBayes' `mcmc` and `sumt`
+    compute it (src/mcmc.c, CalcPartFreqStats; splits of one taxon do not count). largest_deviation:
     the largest of them. topology_distance: total variation between the topologies' probabilities. split_correlation,
     topology_correlation: Pearson's, over all splits and topologies that either sample has; NaN where one does not vary.
     covered: the second sample's probability on topologies that the first has. splits: float64 `[S, 2]`, both
@@ -207,10 +207,10 @@ def compare(
     found, _, _ = splits(both)
     distinct, index = _distinct(found.reshape(-1, found.shape[2]))
     pairs = np.stack(
-        [np.bincount(index, np.repeat(share, found.shape[1]), len(distinct)) for share in (ours, theirs)], axis=1
+        [_sums(index, np.repeat(share, found.shape[1]), len(distinct)) for share in (ours, theirs)], axis=1
     )
     table = topologies(both)
-    tops = np.stack([np.bincount(table.index, share, len(table.trees)) for share in (ours, theirs)], axis=1)
+    tops = np.stack([_sums(table.index, share, len(table.trees)) for share in (ours, theirs)], axis=1)
     counted = pairs[(pairs >= SMALLEST_COMPARED - 1e-12).any(1)]
     deviation = np.abs(counted[:, 0] - counted[:, 1]) / np.sqrt(2)
     return Comparison(
@@ -228,14 +228,18 @@ def compare(
 def _correlation(pairs: Floats) -> float:
     if len(pairs) < 2 or (np.ptp(pairs, axis=0) == 0).any():
         return float("nan")
-    return float(np.corrcoef(pairs.T)[0, 1])
+    return float(np.corrcoef(pairs[:, 0], pairs[:, 1])[0, 1])
 
 
 def _weights(trees: Trees, weights: ArrayLike | None) -> Floats:
     w = np.ones(len(trees)) if weights is None else np.asarray(weights, dtype=np.float64)
     if w.shape != (len(trees),) or not np.isfinite(w).all() or w.min(initial=0) < 0 or w.sum() == 0:
         raise ValueError(f"weights: must be {len(trees)} finite numbers, none negative and not all 0")
-    return w / w.sum()
+    return np.asarray(w / w.sum(), dtype=np.float64)
+
+
+def _sums(index: NDArray[np.int64], values: Floats, size: int) -> Floats:
+    return np.bincount(index, values, size).astype(np.float64)
 
 
 def _has(split: Words, leaf: int) -> bool:

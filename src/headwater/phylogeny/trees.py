@@ -1,7 +1,7 @@
-"""Unrooted binary trees in batches, as arrays: merges with branch lengths, their canonical table, Newick and NEXUS text.
+"""Unrooted binary trees in batches, as arrays: merges with branch lengths, a canonical table, Newick and NEXUS text.
 
-Leaves are nodes 0 .. n-1 and merge k makes node n + k of two nodes made before. The last merge joins the last two trees:
-its node, the root, stands somewhere on an edge and means nothing.
+Leaves are nodes 0 .. n-1 and merge k makes node n + k of two nodes made before. The last merge joins the last two
+trees: its node, the root, stands somewhere on an edge and means nothing.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Trees:
     def canonical(self) -> Ints:
         """The canonical table of each tree, int32 `[T, 2(n-1)]`: equal rows are equal unrooted topologies.
 
-        A tree is rooted at leaf 0 and each node named by b, the larger of the smallest leaves of its two children, which
-        no other node has. Entries 2(b-1) and 2(b-1) + 1 are the children of node n-1+b, the one with the smaller
+        A tree is rooted at leaf 0 and each node named by b, the larger of the smallest leaves of its two children,
+        which no other node has. Entries 2(b-1) and 2(b-1) + 1 are the children of node n-1+b, the one with the smaller
         smallest leaf first; node n is the root, with leaf 0 and the rest.
         """
         return _canonical(self.merges, np.empty((len(self), 0, 2)))[0].reshape(len(self), -1)
@@ -71,7 +71,7 @@ class Trees:
         place = {name: i for i, name in enumerate(taxa)}
         number = np.arange(2 * len(taxa) - 1, dtype=np.int32)
         number[: len(taxa)] = [place[name] for name in self.taxa]
-        return Trees(tuple(taxa), number[self.merges], self.lengths)
+        return Trees(tuple(taxa), number[self.merges].astype(np.int32), self.lengths)
 
     def newick(self, names: Sequence[str] | None = None) -> list[str]:
         """Each tree as Newick, unrooted: leaf 0 and two subtrees at the top; equal trees give equal text.
@@ -98,9 +98,8 @@ class Trees:
         labels = list(names) or [f"tree_{i}" for i in range(1, len(self) + 1)]
         shares = [""] * len(self) if weights is None else [f"[&W {share:.6g}] " for share in np.asarray(weights)]
         numbered = self.newick([str(i) for i in range(1, len(self.taxa) + 1)])
-        lines += [
-            f"  tree {label} = [&U] {share}{text}" for label, share, text in zip(labels, shares, numbered, strict=True)
-        ]
+        for label, share, text in zip(labels, shares, numbered, strict=True):
+            lines.append(f"  tree {quoted(label)} = [&U] {share}{text}")
         Path(path).write_text("\n".join([*lines, "end;", ""]), encoding="utf-8")
 
     def _some_lengths(self) -> Floats:
@@ -137,14 +136,10 @@ def _newick(table: list[list[int]], lengths: list[list[float]] | None, names: Se
     def above(b: int, side: int) -> str:
         return "" if lengths is None else f":{lengths[b - 1][side]:.10g}"
 
-    # Written from the root's side, without recursion: a caterpillar of a thousand taxa is as deep.
-    text: list[str] = []
-    top = table[0][1]
-    if top < count:
-        raise ValueError("a tree of two taxa has no unrooted form")
-    b = top - count + 1
-    stack: list[int | str] = [f"){''};", above(b, 1), table[b - 1][1], ",", above(b, 0), table[b - 1][0], ","]
-    text += ["(", names[0], above(1, 0)]
+    b = table[0][1] - count + 1
+    text = ["(", names[0], above(1, 0), ","]
+    # What is still to be written, the next last: without recursion, since a tree may be as deep as it has taxa.
+    stack: list[int | str] = [");", above(b, 1), table[b - 1][1], ",", above(b, 0), table[b - 1][0]]
     while stack:
         item = stack.pop()
         if isinstance(item, str):
@@ -197,11 +192,10 @@ def _canonical(merges: Ints, lengths: Floats) -> tuple[Ints, Floats]:  # pragma:
         length[b] = whole
         # Turn the edges on the way from the top to leaf 0: what was the parent becomes a child.
         steps = 0
-        v = np.int64(0)
-        while v != root:
-            path[steps] = v
+        path[0] = 0
+        while path[steps] != root:
+            path[steps + 1] = parent[path[steps]]
             steps += 1
-            v = parent[v]
         # path[0] is leaf 0 and path[steps-1] one of the two top nodes; its neighbour is the other.
         other = b if path[steps - 1] == a else a
         for i in range(1, steps):
@@ -227,8 +221,7 @@ def _canonical(merges: Ints, lengths: Floats) -> tuple[Ints, Floats]:  # pragma:
             v = n + k
             on_way = False
             for i in range(1, steps):
-                if path[i] == v:
-                    on_way = True
+                on_way = on_way or path[i] == v
             if not on_way:
                 smallest[v] = min(smallest[at_left[v]], smallest[at_right[v]])
                 name[v] = n - 1 + max(smallest[at_left[v]], smallest[at_right[v]])

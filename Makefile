@@ -25,11 +25,11 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable ".[rna]"
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable ".[rna,phylogeny]"
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable ".[rna,dev]"
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable ".[rna,phylogeny,dev]"
 	touch $@
 
 clean:

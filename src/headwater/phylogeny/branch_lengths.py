@@ -274,8 +274,9 @@ def _derivatives(outer, inner, values, rates, length, shares, weights):  # type:
                 site += decays[0, c, k] * both
                 slope += decays[1, c, k] * both
                 curve += decays[2, c, k] * both
-        slope *= shares[w] / site
-        curve *= shares[w] / site
+        share = np.divide(shares[w], site)
+        slope *= share
+        curve *= share
         first += weights[w] * slope
         second += weights[w] * (curve - slope * slope)
     return first, second

@@ -1,1 +1,1 @@
-"""Phylogeny: trees in proportion to their parsimony or to their posterior, given aligned DNA."""
+"""Phylogenetics: trees in proportion to their posterior probability or their parsimony."""

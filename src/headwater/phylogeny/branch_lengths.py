@@ -149,7 +149,7 @@ def _gradients(leaves, weights, common, merges, lengths, left, values, right, ra
     here, there = np.empty((categories, 4, _CHUNK)), np.empty((categories, 4, _CHUNK))
     log_likelihood = np.zeros(len(merges))
     first, second = np.zeros(lengths.shape), np.zeros(lengths.shape)
-    shares, shrinks = np.empty(_CHUNK), np.empty(_CHUNK)
+    shares, shrinks, sites = np.empty(_CHUNK), np.empty(_CHUNK), np.empty((3, _CHUNK))
     along, back = np.empty((4, 4)), np.empty((4, 4))
     for start in range(0, patterns, _CHUNK):
         chunk = min(_CHUNK, patterns - start)
@@ -170,7 +170,7 @@ def _gradients(leaves, weights, common, merges, lengths, left, values, right, ra
                         _decayed(left[b], values[b], lengths[t, k, child] * rates[b, c], along)
                         _product(along, below[node, c], seen[node, c])
                 _times(seen[merges[t, k, 0]], seen[merges[t, k, 1]], here)
-                _enlarge(here, shrinks)
+                _enlarge(here, shrinks, sites[0])
                 if k < n - 2:
                     for c in range(categories):
                         _product(right[b], here[c], below[n + k, c])
@@ -200,14 +200,14 @@ def _gradients(leaves, weights, common, merges, lengths, left, values, right, ra
                 for child in range(2):
                     node, other = merges[t, k, child], merges[t, k, 1 - child]
                     _times(outside[n + k], seen[other], there)
-                    _enlarge(there, here[0, 0])  # only ratios matter from here on
+                    _enlarge(there, sites[1], sites[0])  # only ratios matter from here on
                     for c in range(categories):
                         _product(backwards, there[c], here[c])
                         if node >= n:
                             _decayed(turned, values[b], lengths[t, k, child] * rates[b, c], back)
                             _product(back, here[c], outside[node, c])
                     slope, curve = _derivatives(here, below[node], values[b], rates[b], lengths[t, k, child], shares,
-                                                weights[start : start + chunk])  # fmt: skip
+                                                weights[start : start + chunk], sites)  # fmt: skip
                     first[t, k, child] += slope
                     second[t, k, child] += curve
     return log_likelihood, first, second
@@ -239,43 +239,41 @@ def _times(x, y, out):  # type: ignore[no-untyped-def]
                 out[c, i, w] = x[c, i, w] * y[c, i, w]
 
 
-@kept_njit()
-def _enlarge(x, shrinks):  # type: ignore[no-untyped-def]
-    """Where all of a pattern's numbers are tiny, divide them by _SMALL, and count it."""
+@kept_njit(fastmath=True)
+def _enlarge(x, shrinks, whole):  # type: ignore[no-untyped-def]
+    """Where all of a pattern's numbers are tiny, divide them by _SMALL, and count it. whole: room, `[_CHUNK]`."""
+    whole[:] = 0
+    for c in range(len(x)):
+        for w in range(_CHUNK):
+            whole[w] += x[c, 0, w] + x[c, 1, w] + x[c, 2, w] + x[c, 3, w]
+    tiny = 0.0
     for w in range(_CHUNK):
-        whole = 0.0
-        for c in range(len(x)):
-            for i in range(4):
-                whole += x[c, i, w]
-        if whole < _SMALL:
-            shrinks[w] += 1
-            for c in range(len(x)):
-                for i in range(4):
-                    x[c, i, w] /= _SMALL
+        tiny += 1.0 if whole[w] < _SMALL else 0.0
+    if tiny:
+        for w in range(_CHUNK):
+            if whole[w] < _SMALL:
+                shrinks[w] += 1
+                x[:, :, w] /= _SMALL
 
 
 @kept_njit(fastmath=True)
-def _derivatives(outer, inner, values, rates, length, shares, weights):  # type: ignore[no-untyped-def]
+def _derivatives(outer, inner, values, rates, length, shares, weights, sites):  # type: ignore[no-untyped-def]
     """Of a chunk's weighted log-likelihoods by one edge's length. shares: how much of each pattern's likelihood
-    is that of sites that change."""
-    first, second = 0.0, 0.0
-    decays = np.empty((3, len(rates), 4))
+    is that of sites that change. sites: room, `[3, _CHUNK]`."""
+    sites[:] = 0
     for c in range(len(rates)):
-        for k in range(4):
-            speed = values[k] * rates[c]
-            decays[0, c, k] = math.exp(speed * length)
-            decays[1, c, k] = speed * decays[0, c, k]
-            decays[2, c, k] = speed * decays[1, c, k]
+        s0, s1, s2, s3 = values[0] * rates[c], values[1] * rates[c], values[2] * rates[c], values[3] * rates[c]
+        e0, e1, e2, e3 = math.exp(s0 * length), math.exp(s1 * length), math.exp(s2 * length), math.exp(s3 * length)
+        for w in range(_CHUNK):
+            t0, t1 = e0 * outer[c, 0, w] * inner[c, 0, w], e1 * outer[c, 1, w] * inner[c, 1, w]
+            t2, t3 = e2 * outer[c, 2, w] * inner[c, 2, w], e3 * outer[c, 3, w] * inner[c, 3, w]
+            sites[0, w] += t0 + t1 + t2 + t3
+            sites[1, w] += s0 * t0 + s1 * t1 + s2 * t2 + s3 * t3
+            sites[2, w] += s0 * s0 * t0 + s1 * s1 * t1 + s2 * s2 * t2 + s3 * s3 * t3
+    first, second = 0.0, 0.0
     for w in range(len(weights)):
-        site, slope, curve = 0.0, 0.0, 0.0
-        for c in range(len(rates)):
-            for k in range(4):
-                both = outer[c, k, w] * inner[c, k, w]
-                site += decays[0, c, k] * both
-                slope += decays[1, c, k] * both
-                curve += decays[2, c, k] * both
-        slope *= shares[w] / site
-        curve *= shares[w] / site
+        share = np.divide(shares[w], sites[0, w])  # as / is, but for a test of its own for 0, at which LLVM gives up
+        slope = share * sites[1, w]
         first += weights[w] * slope
-        second += weights[w] * (curve - slope * slope)
+        second += weights[w] * (share * sites[2, w] - slope * slope)
     return first, second

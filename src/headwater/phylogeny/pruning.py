@@ -25,7 +25,7 @@ from headwater.policies.registers import (
     store,
 )
 
-_CHUNK = 4 * LANES
+_CHUNK = 16 * LANES
 _LOG_2 = math.log(2)
 
 
@@ -260,9 +260,8 @@ def _add_site_logs(roots, powers, site_logs):  # type: ignore[no-untyped-def]
 @kept_njit()
 def _invariant_logs(roots, powers, weights, common, frequencies, invariant):  # type: ignore[no-untyped-def]
     """What sites that never change add to the weighted logarithms of a chunk."""
-    total = 0.0
+    total = weights.sum() * math.log1p(-invariant)
     for w in range(len(weights)):
-        total += weights[w] * math.log1p(-invariant)
         if common[w]:
             states = 0.0
             for i in range(4):
@@ -277,8 +276,8 @@ def _invariant_logs(roots, powers, weights, common, frequencies, invariant):  # 
 @kept_njit()
 def _logs(roots, powers, weights):  # type: ignore[no-untyped-def]
     """Sum of weights log(roots 2^powers), roots from 1 to 2."""
-    total, least = _unit_logs(roots, powers, weights)
-    if least < 1:  # a number too small to be scaled, or 0
+    total, below = _unit_logs(roots, powers, weights)
+    if below:  # a number too small to be scaled, or 0
         total = 0.0
         for w in range(len(weights)):
             if weights[w] > 0:
@@ -289,13 +288,12 @@ def _logs(roots, powers, weights):  # type: ignore[no-untyped-def]
 @kept_njit(fastmath=True)
 def _unit_logs(roots, powers, weights):  # type: ignore[no-untyped-def]
     """log m = log(sqrt 2) + 2 artanh((m / sqrt 2 - 1) / (m / sqrt 2 + 1)), whose series is exact to 1e-12 here."""
-    total = 0.0
-    least = np.float32(2)
+    total, below = 0.0, 0.0
     for w in range(len(weights)):
         mantissa = roots[w] * math.sqrt(0.5)
-        s = (mantissa - 1) / (mantissa + 1)
+        s = np.divide(mantissa - 1, mantissa + 1)  # as / is, but for a test of its own for 0, at which LLVM gives up
         q = s * s
         series = 1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13))))))
         total += weights[w] * (2 * s * series + (powers[w] + 0.5) * _LOG_2)
-        least = min(least, roots[w])
-    return total, least
+        below += 1.0 if roots[w] < 1 else 0.0
+    return total, below

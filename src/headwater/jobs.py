@@ -27,8 +27,6 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-BASELINE_LIMIT = 200_000
-"""Most reward calls that the random-search baseline repeats."""
 TEST_OBJECTS = 1000
 """Objects of each kind, drawn and random, over which rewards and log-probabilities are correlated."""
 
@@ -91,6 +89,7 @@ def _train(recipe: Recipe, run: Run, progress_bar: bool) -> Trainer:
         trainer = Trainer(
             problem.policy, problem.reward, problem.conditions, recipe.objective, recipe.training, recipe.exploration,
             recipe.replay, recipe.seed, run, _quick_evaluation(recipe, table), recipe.given_states(), recipe.search,
+            problem.explorer,
         )  # fmt: skip
         run.tidy()
         checkpoint = run.latest_checkpoint()
@@ -183,7 +182,7 @@ def _evaluation(run: Run, sampler: Sampler) -> dict[str, object]:
         figures |= _correlations(sampler, samples, generator)
         calls = int(float(rows[-1].get("reward_calls", 0))) if rows else 0
         if exact is None and calls:
-            figures |= _random_search(sampler, min(calls, BASELINE_LIMIT), generator)
+            figures |= _random_search(sampler, min(calls, recipe.baseline_calls), generator)
     return figures
 
 

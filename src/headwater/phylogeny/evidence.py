@@ -85,13 +85,20 @@ class Evidence(ABC):
         self.features: int
         self.leaves: Tensor
 
+    @property
+    def distances(self) -> NDArray[np.float64]:
+        """Distances of leaves, corrected for unseen changes (Jukes & Cantor 1969): float64 `[n, n]`."""
+        return self._distances(self.weights[None])[0]
+
     def resampled_distances(self, count: int, generator: torch.Generator) -> NDArray[np.float64]:
-        """Distances of leaves, corrected for unseen changes (Jukes & Cantor 1969), from sites drawn with replacement:
-        float64 `[count, n, n]`.
-        """
-        size = len(self.weights)
+        """The same from sites drawn with replacement: float64 `[count, n, n]`."""
         drawn = torch.multinomial(self.weights, count * int(self.n_sites), True, generator=generator).view(count, -1)
-        counts = torch.zeros(count, size, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(drawn.shape).double())
+        counts = torch.zeros(count, len(self.weights), dtype=torch.float64)
+        return self._distances(counts.scatter_add_(1, drawn, torch.ones(drawn.shape).double()))
+
+    def _distances(self, counts: Tensor) -> NDArray[np.float64]:
+        """From counts of patterns `[count, P]`."""
+        count = len(counts)
         changed, known = np.empty((2, count, self.n, self.n))
         for i in range(self.n):
             apart = (self.masks[i] & self.masks) == 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -29,7 +29,7 @@ from headwater.replay import ReplaySettings
 from headwater.report import Section
 from headwater.reward import CACHE_CAPACITY, CachedReward, Reward, TemperedReward
 from headwater.runs import Run, Samples, Setting
-from headwater.search import SearchSettings
+from headwater.search import Explorer, SearchSettings
 from headwater.training import ExplorationSettings, Training
 
 GROUP = "headwater.recipes"
@@ -39,11 +39,14 @@ ENUMERATION_LIMIT = 200_000
 
 @dataclass
 class Problem:
-    """What a run trains: a policy, the reward that it learns, the conditions that it is asked for."""
+    """What a run trains: a policy, the reward that it learns, the conditions that it is asked for; and, where the domain
+    has its own way to search, what makes the explorer that draws in the policy's place.
+    """
 
     policy: Policy
     reward: Reward
     conditions: Conditions
+    explorer: Callable[[Policy], Explorer] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Recipe(ABC):
     """The settings that every recipe has."""
 
     summary: ClassVar[str] = ""
+    baseline_calls: ClassVar[int] = 200_000
+    """Most reward calls that the evaluation's random search repeats."""
 
     seed: int = 0
     """Seed of everything random in the run."""

@@ -1,0 +1,199 @@
+"""The recipe `phylogeny`: trees over the taxa of an alignment, in proportion to their posterior probability or to their
+parsimony.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from headwater.conditions import Conditions, InverseTemperature, NoCondition
+from headwater.environments.base import Objects
+from headwater.environments.graph import TooManyStates
+from headwater.evaluation import ExactDistribution
+from headwater.objectives import Objective
+from headwater.phylogeny.chains import ChainSettings, TreeChains
+from headwater.phylogeny.data import Alignment, Patterns, primates, read_alignment
+from headwater.phylogeny.evidence import Evidence, LikelihoodEvidence, ParsimonyEvidence
+from headwater.phylogeny.network import ForestNetwork
+from headwater.phylogeny.policy import TreeBackward, TreePolicy
+from headwater.phylogeny.reward import ParsimonyReward, PosteriorReward
+from headwater.phylogeny.settings import ModelSettings
+from headwater.phylogeny.summaries import Comparison, compare, consensus, robinson_foulds, split_frequencies, topologies
+from headwater.phylogeny.tree_files import TreeSample, parse_trees, read_trees
+from headwater.phylogeny.trees import Trees, from_canonical
+from headwater.phylogeny.walks import walks_to
+from headwater.policies import Policy
+from headwater.recipes.base import ENUMERATION_LIMIT, Problem, Recipe
+from headwater.report import Section
+from headwater.reward import Reward, TemperedReward
+from headwater.runs import Run, Samples
+from headwater.search.explorer import Explorer
+from headwater.training import ExplorationSettings, Training
+
+_OBJECTIVES = ("tb", "vargrad", "db", "subtb")
+_MOST_ENUMERATED = 7  # taxa: 17,557 forests
+
+
+@dataclass(frozen=True)
+class PhylogenyRecipe(Recipe):
+    """Phylogenetic trees from aligned DNA.
+
+    The posterior over unrooted trees and branch lengths (the default), with its marginal likelihood: --alignment
+    primates.nex. Or maximum parsimony at a range of temperatures: --parsimony. Without --alignment: 12 primates, 898
+    sites of mitochondrial DNA (Hayasaka, Gojobori & Horai 1988).
+    """
+
+    summary: ClassVar[str] = "trees from aligned DNA: the Bayesian posterior or maximum parsimony (extra: phylogeny)"
+    least_distance: ClassVar[float] = 2
+    baseline_calls: ClassVar[int] = 2000
+
+    alignment: Path | None = None
+    """Aligned DNA: FASTA, PHYLIP or NEXUS."""
+    parsimony: bool = False
+    """Ask for few changes, exp((constant - changes) / T), in the place of the posterior."""
+    gaps: Literal["missing", "state"] = "missing"
+    """For parsimony: a gap says nothing, or is a fifth state. To a likelihood it says nothing."""
+    constant: float | None = None
+    """Of the parsimony reward; the length of the neighbour-joining tree if not given. It only shifts log Z."""
+    inverse_temperatures: tuple[float, float] | None = None
+    """Learn R^beta for every beta = 1 / T in this range with one sampler, and sample at the largest. For parsimony 0.25
+    to 4 if not given."""
+    model: ModelSettings = field(default_factory=ModelSettings)
+    """The substitution model of every partition."""
+    branch_rate: float = 10.0
+    """Rate of the exponential prior of branch lengths: their prior mean is its inverse."""
+    reference: Path | None = None
+    """Trees to compare with, such as a MrBayes .t file, in the report and the evaluation."""
+    reference_burn_in: float = 0.25
+    """Share of the reference's trees, from the first, that is left out."""
+    network: ForestNetwork = field(default_factory=ForestNetwork)
+    """The network over the trees of a forest."""
+    backward: TreeBackward = "uniform"
+    """The backward policy."""
+    chains: ChainSettings = field(default_factory=ChainSettings)
+    """Local search from neighbour-joining trees, which the policy learns from besides its own draws."""
+    objective: Objective = field(default_factory=lambda: Objective(penalty="huber"))
+    """What to balance."""
+    training: Training = field(
+        default_factory=lambda: Training(
+            iterations=2000, batch_size=64, learning_rate=2e-3, log_z_learning_rate=0.2, schedule="cosine"
+        )
+    )
+    """How long and how fast to learn."""
+    exploration: ExplorationSettings = field(default_factory=lambda: ExplorationSettings(epsilon=0.02))
+    """How the search departs from the policy."""
+    keep_objects: bool = False
+    """Keep every object ever scored; trees with branch lengths hardly ever repeat."""
+
+    def __post_init__(self) -> None:
+        if self.objective.name not in _OBJECTIVES:
+            raise ValueError(f"objective.name = {self.objective.name!r}: over trees, one of {', '.join(_OBJECTIVES)}")
+        if not 0 <= self.reference_burn_in < 1:
+            raise ValueError(f"reference_burn_in = {self.reference_burn_in}: must be at least 0 and below 1")
+        if self.keep_objects and not self.parsimony:
+            raise ValueError("keep_objects: trees with branch lengths are never the same, so it goes with parsimony only")
+        if self.gaps == "state" and not self.parsimony:
+            raise ValueError("gaps = 'state' is for parsimony: the likelihood's four states know no gap")
+        if not 0 < self.branch_rate < math.inf:
+            raise ValueError(f"branch_rate = {self.branch_rate}: must be positive")
+        if self.inverse_temperatures is not None:
+            InverseTemperature(*self.inverse_temperatures)
+
+    # The problem
+
+    @cached_property
+    def data(self) -> Alignment:
+        return primates() if self.alignment is None else read_alignment(self.alignment)
+
+    @cached_property
+    def patterns(self) -> Patterns:
+        return self.data.patterns(self.gaps)
+
+    @cached_property
+    def evidence(self) -> Evidence:
+        found = self.patterns
+        if self.parsimony:
+            return ParsimonyEvidence(found.masks, found.weights, self._planes)
+        parts = []
+        for index in range(len(self.data.partitions)):
+            inside = found.partition == index
+            masks, weights = np.ascontiguousarray(found.masks[:, inside]), found.weights[inside]
+            parts.append((masks, weights, self.model.process(masks, weights)))
+        return LikelihoodEvidence(parts)
+
+    @cached_property
+    def base_reward(self) -> ParsimonyReward | PosteriorReward:
+        """At inverse temperature 1."""
+        if isinstance(self.evidence, LikelihoodEvidence):
+            return PosteriorReward(self.evidence, self.branch_rate)
+        reward = ParsimonyReward(self.patterns.masks, self.patterns.weights, self._planes)
+        reward.constant = self.constant if self.constant is not None else self._neighbour_joining_changes(reward)
+        return reward
+
+    @property
+    def temperatures(self) -> tuple[float, float] | None:
+        """The range of inverse temperatures that is learned."""
+        if self.inverse_temperatures is None and self.parsimony:
+            return (0.25, 4.0)
+        return self.inverse_temperatures
+
+    def problem(self) -> Problem:
+        conditions: Conditions = NoCondition()
+        reward: Reward = self.base_reward
+        if self.temperatures is not None:
+            conditions, reward = InverseTemperature(*self.temperatures), TemperedReward(reward)
+        policy = TreePolicy(self.evidence, self.network, self.backward, conditions.size)
+        if self.temperatures is None:
+            with torch.no_grad():
+                policy.log_z.fill_(self._log_marginal_guess)
+        return Problem(policy, reward, conditions, self._explorer(reward, conditions))
+
+    def _explorer(self, reward: Reward, conditions: Conditions) -> Callable[[Policy], Explorer] | None:
+        if not self.chains.share:
+            return None
+
+        def explorer(student: Policy) -> Explorer:
+            assert isinstance(student, TreePolicy)
+            return TreeChains(student, reward, conditions, self.chains)
+
+        return explorer
+
+    def default_condition(self) -> Tensor | None:
+        return None if self.temperatures is None else torch.tensor([[self.temperatures[1]]])
+
+    def exact_distribution(self) -> ExactDistribution | None:
+        if not self.parsimony or len(self.data.taxa) > _MOST_ENUMERATED:
+            return None
+        problem = self.problem()
+        assert isinstance(problem.policy, TreePolicy)
+        try:
+            environment = problem.policy.environment
+            return ExactDistribution(environment, problem.reward, self.default_condition(), ENUMERATION_LIMIT)
+        except TooManyStates:
+            return None
+
+    @property
+    def _planes(self) -> int:
+        return 5 if self.gaps == "state" else 4
+
+    @cached_property
+    def _log_marginal_guess(self) -> float:
+        assert isinstance(self.base_reward, PosteriorReward)
+        return self.base_reward.log_marginal_guess()
+
+    def _neighbour_joining_changes(self, reward: ParsimonyReward) -> float:
+        from headwater.phylogeny.moves import neighbour_joining
+        from headwater.phylogeny.walks import tables_of
+
+        merges, _ = neighbour_joining(self.evidence.distances[None])
+        return float(reward.changes(tables_of(merges)[0])[0])

@@ -1,0 +1,94 @@
+"""What makes a tree good: few changes (parsimony), or a high posterior probability of tree and branch lengths."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from headwater.environments.base import Objects
+from headwater.phylogeny import fitch
+from headwater.phylogeny.branch_lengths import fit_lengths, log_likelihood_gradients
+from headwater.phylogeny.evidence import LikelihoodEvidence
+from headwater.phylogeny.moves import neighbour_joining
+from headwater.phylogeny.walks import walks_to
+
+
+class ParsimonyReward:
+    """log R = constant - changes, at temperature 1. Objects are tables, `[T, 2 (n-1)]` (see `walks.py`).
+
+    masks: uint8 `[n, P]`, weights: `[P]`, of the alignment's patterns; planes: 5 where a gap is a state, else 4.
+    """
+
+    def __init__(
+        self, masks: NDArray[np.uint8], weights: NDArray[np.float64], planes: int = 4, constant: float = 0.0
+    ) -> None:
+        self.sites, self.constant = fitch.pack(masks, weights, planes), constant
+
+    def __call__(self, objects: Objects, condition: Tensor) -> Tensor:
+        return (self.constant - self.changes(torch.as_tensor(objects)).double()).float()
+
+    def changes(self, tables: Tensor) -> Tensor:
+        """Fitch's length of each tree: int64 `[T]`."""
+        merges, _ = walks_to(tables, None, _no_choice(tables))
+        return torch.from_numpy(fitch.scores(self.sites.leaves, merges.numpy()) + self.sites.constant)
+
+
+class PosteriorReward:
+    """log R = log p(alignment | tree, lengths) + log p(lengths) + log p(tree): its integral is the marginal likelihood.
+
+    Lengths are exponential of rate `branch_rate`, each by itself; all (2n - 5)!! unrooted topologies are equally
+    probable. Objects are float32 `[T, 2 (n-1) + 2n-1]`: a table, and lengths above its nodes.
+    """
+
+    def __init__(self, evidence: LikelihoodEvidence, branch_rate: float = 10.0) -> None:
+        if not 0 < branch_rate < math.inf:
+            raise ValueError(f"branch_rate = {branch_rate}: must be positive")
+        self.evidence, self.branch_rate = evidence, branch_rate
+
+    def __call__(self, objects: Objects, condition: Tensor) -> Tensor:
+        values = torch.as_tensor(objects)
+        return (self.log_likelihood(values) + self.log_prior(values)).float()
+
+    def log_likelihood(self, objects: Tensor) -> Tensor:
+        """float64 `[T]`."""
+        tables, above = self._parts(objects)
+        merges, lengths = walks_to(tables, above, _no_choice(tables))
+        return self.evidence.log_likelihood(merges, lengths)
+
+    def log_prior(self, objects: Tensor) -> Tensor:
+        """Of topology and lengths: float64 `[T]`."""
+        n = self.evidence.n
+        total = self._parts(objects)[1].double().sum(1)
+        return (2 * n - 3) * math.log(self.branch_rate) - self.branch_rate * total - log_topologies(n)
+
+    def log_marginal_guess(self) -> float:
+        """A first guess at the log marginal likelihood: Laplace's approximation, edge by edge, about the best lengths
+        of the neighbour-joining tree.
+        """
+        evidence = self.evidence
+        merges, lengths = neighbour_joining(evidence.distances[None], 1e-5)
+        parts = [(part.tips, part.process) for part in evidence.parts]
+        fitted, log_likelihood = fit_lengths(parts, merges.numpy(), lengths.double().numpy(), self.branch_rate)
+        found = [log_likelihood_gradients(tips, process, merges.numpy(), fitted) for tips, process in parts]
+        b, second = (torch.from_numpy(values).flatten()[:-1] for values in (fitted, sum(g.second for g in found)))
+        spread = 0.5 * (2 * math.pi / (-second * b.square()).clamp(min=1.0)).log()
+        prior = len(b) * math.log(self.branch_rate) - self.branch_rate * float(b.sum()) - log_topologies(evidence.n)
+        return float(log_likelihood[0]) + prior + float((b.log() + spread).sum())
+
+    def _parts(self, objects: Tensor) -> tuple[Tensor, Tensor]:
+        width, n = 2 * (self.evidence.n - 1), self.evidence.n
+        return objects[:, :width].int(), objects[:, width : width + 2 * n - 1]
+
+
+def log_topologies(n: int) -> float:
+    """log of (2n - 5)!!, the number of unrooted binary trees over n leaves (Felsenstein 1978)."""
+    return math.lgamma(2 * n - 3) - math.lgamma(n - 1) - (n - 2) * math.log(2)
+
+
+def _no_choice(tables: Tensor) -> Tensor:
+    """Whichever root and order: no score depends on them."""
+    return torch.zeros(len(tables), tables.shape[1] // 2, dtype=torch.float64)

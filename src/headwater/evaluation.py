@@ -251,12 +251,18 @@ def diversity(objects: Sequence[str], distance: Callable[[str, str], float]) -> 
     return float(np.mean(distances)) if distances else math.nan
 
 
-def _log_weights(policy: Policy, trajectories: Trajectories) -> Tensor:
+def log_ratios(policy: Policy, trajectories: Trajectories) -> Tensor:
+    """sum_t log P_F - log P_B of each trajectory, without gradient: float64 `[T]`."""
+    if not len(trajectories):
+        return torch.empty(0, dtype=torch.float64)
     at_once = max(1, _CHUNK_STEPS // int(trajectories.lengths.max()))
     parts = [trajectories.select(part) for part in torch.split(torch.arange(len(trajectories)), at_once)]
     with torch.no_grad():
-        ratio = torch.cat([path_log_ratio(policy.log_probs(part), part) for part in parts])
-    return trajectories.log_reward.double() - ratio.double()
+        return torch.cat([path_log_ratio(policy.log_probs(part), part) for part in parts]).double()
+
+
+def _log_weights(policy: Policy, trajectories: Trajectories) -> Tensor:
+    return trajectories.log_reward.double() - log_ratios(policy, trajectories)
 
 
 def _log_prob(policy: Policy, walk: Callable[[Tensor], Trajectories], count: int, max_steps: int, walks: int) -> Tensor:
@@ -296,6 +302,7 @@ __all__ = [
     "diversity",
     "log_prob_of_objects",
     "log_prob_of_states",
+    "log_ratios",
     "modes",
     "sampling_floor",
 ]

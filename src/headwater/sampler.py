@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from headwater.evaluation import log_prob_of_objects
+from headwater.evaluation import log_prob_of_objects, log_ratios
 from headwater.policies import NO_EXPLORATION
 from headwater.recipes import Problem, Recipe
 from headwater.runs import Run, Samples
 from headwater.settings import load_recipe
+from headwater.trajectories import Trajectories
 
 
 class Sampler:
@@ -51,7 +53,8 @@ class Sampler:
         """Draw `count` objects, with repeats, in proportion to their reward.
 
         condition: C numbers, for a conditional sampler. seed: for the same draws again. walks: backward walks with
-        which each object's log-probability is estimated. Objects whose reward fails are left out.
+        which, beside the trajectory drawn, each object's log-probability is estimated: R / p are then importance
+        weights whose mean is an unbiased estimate of Z. Objects whose reward fails are left out.
         """
         if count < 1:
             raise ValueError(f"count = {count}: must be at least 1")
@@ -62,15 +65,19 @@ class Sampler:
         trajectories = policy.sample(asked, NO_EXPLORATION, generator)
         trajectories = trajectories.with_log_reward(reward(policy.objects(trajectories), asked))
         trajectories = trajectories.select(~trajectories.log_reward.isnan())
+        log_prob = trajectories.log_behaviour.double()
         if policy.walks_backward:
-            log_prob = log_prob_of_objects(policy, trajectories, walks, generator)
-        else:
-            log_prob = trajectories.log_behaviour
+            log_prob = self._log_prob(trajectories, walks, generator)
         return Samples(
             objects=self.recipe.text(policy.objects(trajectories)),
             log_reward=trajectories.log_reward.double().numpy(),
             log_prob=log_prob.double().numpy(),
         )
+
+    def _log_prob(self, trajectories: Trajectories, walks: int, generator: torch.Generator) -> Tensor:
+        """Log of the mean of P_F / P_B over each object's own trajectory and `walks` walks back: float64 `[T]`."""
+        walked = log_prob_of_objects(self.problem.policy, trajectories, walks, generator) + math.log(walks)
+        return torch.logaddexp(walked, log_ratios(self.problem.policy, trajectories)) - math.log(walks + 1)
 
     def condition(self, condition: Sequence[float] | None = None) -> Tensor:
         """One condition row `[1, C]`: the given one, or the recipe's default."""

@@ -45,7 +45,12 @@ class Grown:
         changes, comparable = np.empty((2, *others.shape), np.int32)
         node = evidence.n + step
         fitch.pair_costs(
-            evidence.sites.leaves, self.sets, np.full(len(first), node, np.int32), others.int().numpy(), changes, comparable
+            evidence.sites.leaves,
+            self.sets,
+            np.full(len(first), node, np.int32),
+            others.int().numpy(),
+            changes,
+            comparable,
         )
         for table, found in ((self.changes, changes), (self.comparable, comparable + np.float32(evidence.alike))):
             values = torch.from_numpy(found).float()
@@ -53,9 +58,7 @@ class Grown:
             table[self.here[:, None], others, node] = values
         return self._features(step, first, second, lengths)
 
-    def _features(
-        self, step: int, left: NDArray[np.int32], right: NDArray[np.int32], lengths: Tensor
-    ) -> Tensor:
+    def _features(self, step: int, left: NDArray[np.int32], right: NDArray[np.int32], lengths: Tensor) -> Tensor:
         return self.evidence.of_sets(self.sets[:, step])
 
 
@@ -142,9 +145,7 @@ class _SetsGrown(Grown):
         self.seen = np.empty((count, evidence.n - 1, *evidence.seen.leaves.shape[1:]), np.uint64)
         self.leaves = evidence.seen.leaves
 
-    def _features(
-        self, step: int, left: NDArray[np.int32], right: NDArray[np.int32], lengths: Tensor
-    ) -> Tensor:
+    def _features(self, step: int, left: NDArray[np.int32], right: NDArray[np.int32], lengths: Tensor) -> Tensor:
         fitch.join(self.leaves, self.seen, left, right, step)
         return _bits(np.ascontiguousarray(self.seen[:, step]))
 
@@ -216,9 +217,7 @@ class _PartialsGrown(Grown):
             for part in evidence.parts
         ]
 
-    def _features(
-        self, step: int, left: NDArray[np.int32], right: NDArray[np.int32], lengths: Tensor
-    ) -> Tensor:
+    def _features(self, step: int, left: NDArray[np.int32], right: NDArray[np.int32], lengths: Tensor) -> Tensor:
         found = []
         for part, tables in zip(self.parts, self.partials, strict=True):
             felsenstein.join(part.tips, part.process, tables, left, right, lengths.double().numpy(), step)

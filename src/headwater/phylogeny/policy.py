@@ -26,6 +26,7 @@ from headwater.trajectories import Trajectories
 TreeBackward = Literal["uniform", "learned"]
 
 _AT_ONCE = 64  # trajectories drawn together: what is known of their trees stays in the processor's cache
+_MOST_AT_ONCE = 256  # trajectories looked at together without gradient, lest their partial likelihoods fill the memory
 NEVER = -1e9
 
 
@@ -101,6 +102,16 @@ class TreePolicy(StatePolicy):
         return self._walked(tables, above, self._checked(condition), unknown, generator)
 
     def log_probs(self, trajectories: Trajectories) -> LogProbs:
+        if torch.is_grad_enabled() or len(trajectories) <= _MOST_AT_ONCE:
+            return self._log_probs(trajectories)
+        parts = [
+            self._log_probs(trajectories.select(rows)) for rows in torch.arange(len(trajectories)).split(_MOST_AT_ONCE)
+        ]
+        flows = [part.log_flow for part in parts if part.log_flow is not None]
+        forward, backward = (torch.cat([getattr(part, name) for part in parts]) for name in ("forward", "backward"))
+        return LogProbs(forward, backward, torch.cat([part.log_z for part in parts]), torch.cat(flows))
+
+    def _log_probs(self, trajectories: Trajectories) -> LogProbs:
         count, n = len(trajectories), self.n
         merges = trajectories.steps["merge"].view(count, n - 1, 2)
         lengths = trajectories.steps["length"].view(count, n - 1, 2)
@@ -300,7 +311,11 @@ class TreePolicy(StatePolicy):
         return tables_of(trajectories.steps["merge"].view(shape), trajectories.steps["length"].view(shape))
 
     def _walked(
-        self, tables: Tensor, above: Tensor | None, condition: Tensor, log_reward: Tensor,
+        self,
+        tables: Tensor,
+        above: Tensor | None,
+        condition: Tensor,
+        log_reward: Tensor,
         generator: torch.Generator | None,
     ) -> Trajectories:
         generator = generator or torch.default_generator
@@ -309,9 +324,7 @@ class TreePolicy(StatePolicy):
         log_behaviour = self._uniform_backward(forests_on_the_way(merges)[2]).sum(1)
         return replace(self._trajectories(merges, lengths, condition, log_behaviour), log_reward=log_reward)
 
-    def _trajectories(
-        self, merges: Tensor, lengths: Tensor, condition: Tensor, log_behaviour: Tensor
-    ) -> Trajectories:
+    def _trajectories(self, merges: Tensor, lengths: Tensor, condition: Tensor, log_behaviour: Tensor) -> Trajectories:
         count = len(merges)
         tables, above = tables_of(merges, lengths)
         return Trajectories(

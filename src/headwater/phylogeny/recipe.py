@@ -24,17 +24,18 @@ from headwater.objectives import Objective
 from headwater.phylogeny.chains import ChainSettings, TreeChains
 from headwater.phylogeny.data import Alignment, Patterns, primates, read_alignment
 from headwater.phylogeny.evidence import Evidence, LikelihoodEvidence, ParsimonyEvidence
+from headwater.phylogeny.moves import neighbour_joining
 from headwater.phylogeny.network import ForestNetwork
 from headwater.phylogeny.policy import TreeBackward, TreePolicy
+from headwater.phylogeny.posterior import WeightedTrees, tables_from, trees_of, write_summaries
 from headwater.phylogeny.reward import ParsimonyReward, PosteriorReward
 from headwater.phylogeny.settings import ModelSettings
-from headwater.phylogeny.summaries import Comparison, compare, consensus, robinson_foulds, split_frequencies, topologies
+from headwater.phylogeny.summaries import Comparison, compare, splits, topologies
 from headwater.phylogeny.tree_files import TreeSample, parse_trees, read_trees
-from headwater.phylogeny.trees import Trees, from_canonical
-from headwater.phylogeny.walks import walks_to
+from headwater.phylogeny.trees import Trees
+from headwater.phylogeny.walks import tables_of
 from headwater.policies import Policy
 from headwater.recipes.base import ENUMERATION_LIMIT, Problem, Recipe
-from headwater.report import Section
 from headwater.reward import Reward, TemperedReward
 from headwater.runs import Run, Samples
 from headwater.search.explorer import Explorer
@@ -101,13 +102,17 @@ class PhylogenyRecipe(Recipe):
         if not 0 <= self.reference_burn_in < 1:
             raise ValueError(f"reference_burn_in = {self.reference_burn_in}: must be at least 0 and below 1")
         if self.keep_objects and not self.parsimony:
-            raise ValueError("keep_objects: trees with branch lengths are never the same, so it goes with parsimony only")
+            raise ValueError(
+                "keep_objects: trees with branch lengths are never the same, so it goes with parsimony only"
+            )
         if self.gaps == "state" and not self.parsimony:
             raise ValueError("gaps = 'state' is for parsimony: the likelihood's four states know no gap")
         if not 0 < self.branch_rate < math.inf:
             raise ValueError(f"branch_rate = {self.branch_rate}: must be positive")
         if self.inverse_temperatures is not None:
             InverseTemperature(*self.inverse_temperatures)
+
+        self.evidence, self.reference_trees  # what is wrong with a file shows at once
 
     # The problem
 
@@ -192,8 +197,100 @@ class PhylogenyRecipe(Recipe):
         return self.base_reward.log_marginal_guess()
 
     def _neighbour_joining_changes(self, reward: ParsimonyReward) -> float:
-        from headwater.phylogeny.moves import neighbour_joining
-        from headwater.phylogeny.walks import tables_of
-
         merges, _ = neighbour_joining(self.evidence.distances[None])
         return float(reward.changes(tables_of(merges)[0])[0])
+
+    # Its objects
+
+    def text(self, objects: Objects) -> list[str]:
+        """Newick, unrooted, equal trees as equal text."""
+        return self._trees(torch.as_tensor(objects)).newick()
+
+    def distance(self, a: str, b: str) -> float:
+        """Robinson and Foulds'."""
+        return float(len(_splits(a, self.data.taxa) ^ _splits(b, self.data.taxa)))
+
+    def columns(self, objects: Sequence[str]) -> dict[str, list[object]]:
+        """Changes; or log-likelihood and the sum of all branch lengths."""
+        values = self._objects(self._parsed(objects))
+        if isinstance(self.base_reward, ParsimonyReward):
+            return {"changes": self.base_reward.changes(values).tolist()}
+        log_likelihood = self.base_reward.log_likelihood(values)
+        lengths = values[:, 2 * (len(self.data.taxa) - 1) :].double().sum(1)
+        return {
+            "log_likelihood": log_likelihood.double().numpy().round(4).tolist(),
+            "tree_length": lengths.numpy().round(6).tolist(),
+        }
+
+    def measures(self, samples: Samples) -> dict[str, float]:
+        """Marginal likelihood, diversity of topologies, near-optimal trees, agreement with the reference."""
+        found = self.weighted(samples)
+        table = topologies(found.trees, found.weights)
+        name = "log_z" if self.temperatures else "log_marginal_likelihood"
+        figures = {
+            f"samples_{name}": found.log_z,
+            f"samples_{name}_interval": found.interval,
+            "samples_effective_size": found.effective,
+            "distinct_topologies": len(table.trees),
+            "topologies_for_95_percent": table.credible(),
+            "most_probable_topology": float(table.probabilities[0]),
+            "simpson_index": table.simpson,
+        }
+        if isinstance(self.base_reward, ParsimonyReward):
+            changes = self.base_reward.changes(self._objects(table.trees))
+            figures["fewest_changes"] = float(changes.min())
+            for more in range(5):
+                figures[f"distinct_trees_within_{more}"] = float((changes <= changes.min() + more).sum())
+        if (comparison := self.comparison(found)) is not None:
+            figures |= {
+                "split_deviation": comparison.split_deviation,
+                "largest_split_deviation": comparison.largest_deviation,
+                "topology_total_variation": comparison.topology_distance,
+                "split_correlation": comparison.split_correlation,
+                "topology_correlation": comparison.topology_correlation,
+                "reference_covered": comparison.covered,
+            }
+        return figures
+
+    def weighted(self, samples: Samples) -> WeightedTrees:
+        """The samples as weighted trees."""
+        return WeightedTrees.of(self._parsed(samples.objects), samples)
+
+    def comparison(self, found: WeightedTrees) -> Comparison | None:
+        """With the reference, where there is one."""
+        if self.reference_trees is None:
+            return None
+        return compare(found.trees, self.reference_trees.trees, found.weights, self.reference_trees.weights)
+
+    def write_samples(self, run: Run, samples: Samples) -> list[Path]:
+        """Tree files, consensus and tables: see `posterior.write_summaries`."""
+        return write_summaries(run.folder, self.weighted(samples), *self.score(samples))
+
+    def score(self, samples: Samples) -> tuple[NDArray[np.float64], str]:
+        """What a person looks at, more being better: changes below zero, or the log posterior; and its name."""
+        if self.parsimony:
+            return -np.array(samples.extra["changes"], dtype=np.float64), "minus_changes"
+        return samples.log_reward, "log_posterior"
+
+    @cached_property
+    def reference_trees(self) -> TreeSample | None:
+        if self.reference is None:
+            return None
+        return read_trees(self.reference, self.data.taxa, self.reference_burn_in)
+
+    def _trees(self, objects: Tensor) -> Trees:
+        width = 2 * (len(self.data.taxa) - 1)
+        return trees_of(objects[:, :width].int(), None if self.parsimony else objects[:, width:], self.data.taxa)
+
+    def _objects(self, trees: Trees) -> Tensor:
+        tables, above = tables_from(trees)
+        return tables if above is None or self.parsimony else torch.cat([tables.float(), above], 1)
+
+    def _parsed(self, objects: Sequence[str]) -> Trees:
+        return parse_trees("\n".join(objects), self.data.taxa).trees
+
+
+@lru_cache(maxsize=20_000)
+def _splits(newick: str, taxa: tuple[str, ...]) -> frozenset[bytes]:
+    found, _, _ = splits(parse_trees(newick, taxa).trees)
+    return frozenset(row.tobytes() for row in found[0])

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from headwater.phylogeny.data import taxa_difference
 from headwater.phylogeny.newick import FAULTS, label_table, parse

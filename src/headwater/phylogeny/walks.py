@@ -45,9 +45,7 @@ def walks_to(tables: Tensor, above: Tensor | None, uniform: Tensor) -> tuple[Ten
     if above is None:
         above = torch.zeros(count, 2 * n - 1)
     merges, lengths = np.empty((count, n - 1, 2), np.int32), np.zeros((count, n - 1, 2), np.float32)
-    _walks_to(
-        tables.int().contiguous().numpy(), above.float().contiguous().numpy(), uniform.numpy(), merges, lengths
-    )
+    _walks_to(tables.int().contiguous().numpy(), above.float().contiguous().numpy(), uniform.numpy(), merges, lengths)
     return torch.from_numpy(merges), torch.from_numpy(lengths)
 
 

@@ -61,7 +61,8 @@ class ForestNetwork:
 class ForestEncoder(nn.Module):
     """Attention among the trees of each forest; forests of many sizes at once.
 
-    Trees of all forests lie end to end, `[trees, width]`, in blocks of M forests of k trees each: `blocks` lists (M, k).
+    Trees of all forests lie end to end, `[trees, width]`, in blocks of M forests of k trees each: `blocks` lists
+    (M, k).
     """
 
     def __init__(self, settings: ForestNetwork) -> None:
@@ -86,7 +87,7 @@ class _Layer(nn.Module):
 
     def forward(self, x: Tensor, blocks: Sequence[tuple[int, int]]) -> Tensor:
         packed = self.query_key_value(self.attention_norm(x))
-        parts = packed.split([count * size for count, size in blocks])  # type: ignore[no-untyped-call]
+        parts = packed.split([count * size for count, size in blocks])
         mixed = [
             attention(part.view(count, size, -1), self.heads).flatten(0, 1)
             for part, (count, size) in zip(parts, blocks, strict=True)

@@ -28,8 +28,8 @@ def pair_index(size: int) -> tuple[Tensor, Tensor]:
 
 
 def describe(changes: Tensor, comparable: Tensor, roots: Tensor) -> tuple[Tensor, Tensor]:
-    """Features of all pairs, float32 `[T, pairs, PAIR_FEATURES]`, and guesses at lengths, float32 `[T, k, k]`: at (i, j)
-    the length of the edge above tree i if it merges with tree j; of the last two trees, of the edge between them.
+    """Features of all pairs, float32 `[T, pairs, PAIR_FEATURES]`, and guesses at lengths, float32 `[T, k, k]`: at
+    (i, j) of the edge above tree i if it merges with tree j; of the last two trees, of the edge between them.
 
     changes, comparable: float32 `[T, nodes, nodes]`, of pairs of nodes. roots: int64 `[T, k]`, the forest's trees.
     """

@@ -1,5 +1,6 @@
 """The policy over trees: at each step which two trees to merge and, where trees have branch lengths, how long the two
-new edges are, the second given the first. PhyloGFN (Zhou et al. 2024, arXiv 2310.08774), with a step's two lengths from continuous densities.
+new edges are, the second given the first. PhyloGFN (Zhou et al. 2024, arXiv 2310.08774), with lengths from continuous
+densities.
 
 All trajectories have n - 1 steps, so a batch goes in step: forest t of each has n - t trees. In learning, all forests
 of all steps are seen at once.
@@ -105,7 +106,8 @@ class TreePolicy(StatePolicy):
         if torch.is_grad_enabled() or len(trajectories) <= _MOST_AT_ONCE:
             return self._log_probs(trajectories)
         parts = [
-            self._log_probs(trajectories.select(rows)) for rows in torch.arange(len(trajectories)).split(_MOST_AT_ONCE)
+            self._log_probs(trajectories.select(rows))
+            for rows in torch.split(torch.arange(len(trajectories)), _MOST_AT_ONCE)
         ]
         flows = [part.log_flow for part in parts if part.log_flow is not None]
         forward, backward = (torch.cat([getattr(part, name) for part in parts]) for name in ("forward", "backward"))
@@ -125,7 +127,7 @@ class TreePolicy(StatePolicy):
         hidden = self.encoder(trees, blocks)
         described = [describe(grown.changes, grown.comparable, roots[t, :, : n - t]) for t in range(n - 1)]
         logits = self.score(hidden, [features for features, _ in described], blocks)
-        parts = hidden.split([count * size for _, size in blocks])  # type: ignore[no-untyped-call]
+        parts = hidden.split([count * size for _, size in blocks])
 
         forward, flow, backward = [], [], []
         owns, others, guesses = [], [], []

@@ -112,7 +112,7 @@ class PhylogenyRecipe(Recipe):
         if self.inverse_temperatures is not None:
             InverseTemperature(*self.inverse_temperatures)
 
-        self.evidence, self.reference_trees  # what is wrong with a file shows at once
+        _ = self.evidence, self.reference_trees  # what is wrong with a file shows at once
 
     # The problem
 

@@ -64,8 +64,8 @@ def forests_on_the_way(merges: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def merges_of(tables: Tensor, made: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Unfinished forests of `made` merges each, made in one of the orders that could: merges int32 `[N, made, 2]`; their
-    trees int64 `[N, n - made]` by smallest leaf; these smallest leaves, int64 `[N, n - made]`.
+    """Unfinished forests of `made` merges each, made in one of the orders that could: merges int32 `[N, made, 2]`;
+    their trees int64 `[N, n - made]` by smallest leaf; these smallest leaves, int64 `[N, n - made]`.
     """
     count, n = len(tables), tables.shape[1] // 2 + 1
     merges, roots = np.empty((count, made, 2), np.int32), np.empty((count, n - made), np.int64)

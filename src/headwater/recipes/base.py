@@ -39,8 +39,8 @@ ENUMERATION_LIMIT = 200_000
 
 @dataclass
 class Problem:
-    """What a run trains: a policy, the reward that it learns, the conditions that it is asked for; and, where the domain
-    has its own way to search, what makes the explorer that draws in the policy's place.
+    """What a run trains: a policy, the reward that it learns, the conditions that it is asked for; and, where the
+    domain has its own way to search, what makes the explorer that draws in the policy's place.
     """
 
     policy: Policy

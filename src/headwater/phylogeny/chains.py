@@ -23,6 +23,8 @@ from headwater.reward import Reward
 from headwater.search.explorer import Explorer
 from headwater.trajectories import Trajectories
 
+_STEP = 0.3  # of all parameters' coordinates together
+
 
 @dataclass(frozen=True)
 class ChainSettings:
@@ -50,21 +52,24 @@ class ChainSettings:
 class Pool(nn.Module):
     """Where every chain is. Buffers only, so that a checkpoint holds it.
 
-    table: int32 `[pool, 2 (n-1)]`. above: float32 `[pool, 2n-1]`. condition: `[pool, C]`, what each chain is at.
-    log_reward: float32 `[pool]`, NaN before the first move. turn: the next chain to move.
+    table: int32 `[pool, 2 (n-1)]`. above: float32 `[pool, 2n-1]`. coordinates: `[pool, p]`, of model parameters.
+    condition: `[pool, C]`, what each chain is at. log_reward: float32 `[pool]`, NaN before the first move. turn: the
+    next chain to move.
     """
 
     table: Tensor
     above: Tensor
     condition: Tensor
+    coordinates: Tensor
     log_reward: Tensor
     turn: Tensor
 
-    def __init__(self, n: int, pool: int, condition_size: int) -> None:
+    def __init__(self, n: int, pool: int, condition_size: int, parameters: int) -> None:
         super().__init__()
         self.register_buffer("table", torch.zeros(pool, 2 * (n - 1), dtype=torch.int32))
         self.register_buffer("above", torch.zeros(pool, 2 * n - 1))
         self.register_buffer("condition", torch.zeros(pool, condition_size))
+        self.register_buffer("coordinates", torch.zeros(pool, parameters))
         self.register_buffer("log_reward", torch.full((pool,), torch.nan))
         self.register_buffer("turn", torch.zeros((), dtype=torch.int64))
 
@@ -77,7 +82,7 @@ class TreeChains(Explorer):
     def __init__(self, student: TreePolicy, reward: Reward, conditions: Conditions, settings: ChainSettings) -> None:
         super().__init__(student, nn.Module())
         del self._modules["own"]  # no weights: a search process that gets new ones keeps the chains that it has
-        object.__setattr__(self, "own", Pool(student.n, settings.pool, conditions.size))
+        object.__setattr__(self, "own", Pool(student.n, settings.pool, conditions.size, student.evidence.parameters))
         self.trees, self.reward, self.conditions, self.settings = student, reward, conditions, settings
 
     def sample(self, condition: Tensor, exploration: Exploration, generator: torch.Generator) -> Trajectories:
@@ -103,7 +108,7 @@ class TreeChains(Explorer):
         pool.turn += count
         for _ in range(self.settings.moves):
             self._move(chosen, generator)
-        objects = self.trees.assembled(pool.table[chosen], pool.above[chosen])
+        objects = self.trees.assembled(pool.table[chosen], pool.above[chosen], pool.coordinates[chosen])
         walked = self.trees.sample_to(objects, pool.condition[chosen], generator)
         return replace(walked, version=torch.full_like(walked.version, self.version))
 
@@ -113,11 +118,19 @@ class TreeChains(Explorer):
         uniform = torch.rand(count, UNIFORMS + 1, dtype=torch.float64, generator=generator)
         above = pool.above[chosen] if self.trees.evidence.has_lengths else None
         table, above, ratio = propose(pool.table[chosen], above, uniform[:, 1:])
-        log_reward = self.reward(self.trees.assembled(table, above), pool.condition[chosen])
+        parameters = pool.coordinates[chosen]
+        if parameters.shape[1]:  # a step of the parameters alone, every fourth time
+            alone = torch.rand(count, generator=generator) < 0.25
+            steps = torch.randn(parameters.shape, generator=generator) * (_STEP * parameters.shape[1] ** -0.5)
+            parameters = torch.where(alone[:, None], parameters + steps, parameters)
+            table, ratio = torch.where(alone[:, None], pool.table[chosen], table), ratio.masked_fill(alone, 0.0)
+            above = None if above is None else torch.where(alone[:, None], pool.above[chosen], above)
+        log_reward = self.reward(self.trees.assembled(table, above, parameters), pool.condition[chosen])
         gain = (log_reward - pool.log_reward[chosen]).double() + ratio
         accepted = uniform[:, 0].log() < gain  # NaN, of a reward that failed, is never accepted
         moved = chosen[accepted]
         pool.table[moved], pool.log_reward[moved] = table[accepted], log_reward[accepted]
+        pool.coordinates[moved] = parameters[accepted]
         if above is not None:
             pool.above[moved] = above[accepted]
 
@@ -130,7 +143,9 @@ class TreeChains(Explorer):
         pool.table.copy_(table)
         pool.above.copy_(above)
         pool.condition.copy_(self.conditions.draw(len(table), 1, generator))
-        objects = self.trees.assembled(table, above)
+        if self.trees.parameter_density is not None:
+            pool.coordinates.copy_(self.trees.parameter_density.start.expand_as(pool.coordinates))
+        objects = self.trees.assembled(table, above, pool.coordinates)
         pool.log_reward.copy_(self.reward(objects, pool.condition))
         for _ in range(self.settings.warm_up):
             self._move(torch.arange(len(table)), generator)

@@ -7,6 +7,7 @@ All of it is computed by one merge at a time, for many trajectories side by side
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from headwater.phylogeny import felsenstein, fitch
 from headwater.phylogeny.models import Process
 from headwater.phylogeny.pairs import FURTHEST
+from headwater.phylogeny.parameters import FreeParameters
 
 _UNKNOWN = 15  # any of A, C, G, T
 _SCALE = 0.3  # of a pattern of mean weight, so that sums over hundreds of them are of order one
@@ -112,9 +114,14 @@ class Evidence(ABC):
         share = np.minimum(changed / np.maximum(known, 1), FURTHEST)
         return -0.75 * np.log1p(-share * (4 / 3))
 
+    @property
+    def parameters(self) -> int:
+        """Coordinates of model parameters that a tree comes with."""
+        return 0
+
     @abstractmethod
-    def start(self, count: int) -> Grown:
-        """`count` forests of n leaves."""
+    def start(self, count: int, parameters: Tensor | None = None) -> Grown:
+        """`count` forests of n leaves; `parameters` `[count, parameters]` where there are some."""
 
     def of_sets(self, sets: NDArray[np.uint64]) -> Tensor:
         """Features from Fitch sets `[T, planes, W]`."""
@@ -136,7 +143,7 @@ class ParsimonyEvidence(Evidence):
         self.features = 64 * self.seen.leaves.shape[1] * self.seen.leaves.shape[2]
         self.leaves = _bits(self.seen.leaves)
 
-    def start(self, count: int) -> Grown:
+    def start(self, count: int, parameters: Tensor | None = None) -> Grown:
         return _SetsGrown(self, count)
 
 
@@ -161,27 +168,45 @@ class LikelihoodEvidence(Evidence):
     """Partial likelihoods at every variable pattern, averaged over rate categories, as a share of what is expected of
     a node that nothing is known of.
 
-    parts: masks (no gaps), weights and process of every partition.
+    parts: masks (no gaps), weights and process of every partition. free: the parameters of each partition's model that
+    are sampled with the tree, in the place of those of its process; none if not given. Where there are some, calls take
+    their coordinates, `parameters` `[T, parameters of all partitions]`.
     """
 
     has_lengths = True
 
-    def __init__(self, parts: list[tuple[NDArray[np.uint8], NDArray[np.float64], Process]]) -> None:
+    def __init__(
+        self,
+        parts: Sequence[tuple[NDArray[np.uint8], NDArray[np.float64], Process]],
+        free: Sequence[FreeParameters] = (),
+    ) -> None:
+        self.free = tuple(free)
         masks = np.concatenate([part[0] for part in parts], 1)
         super().__init__(masks, np.concatenate([part[1] for part in parts]), 4)
         self.parts = [_Part(*part) for part in parts]
         self.features = sum(part.features for part in self.parts)
         self.leaves = torch.cat([part.of_leaves() for part in self.parts], 1)
 
-    def start(self, count: int) -> Grown:
-        return _PartialsGrown(self, count)
+    @property
+    def parameters(self) -> int:
+        return sum(free.size for free in self.free)
 
-    def log_likelihood(self, merges: Tensor, lengths: Tensor) -> Tensor:
-        """log p(alignment | tree, lengths) of whole trees `[T, n-1, 2]`: float64 `[T]`."""
+    def start(self, count: int, parameters: Tensor | None = None) -> Grown:
+        return _PartialsGrown(self, count, self.processes(parameters))
+
+    def processes(self, parameters: Tensor | None) -> list[Process]:
+        """Of each partition."""
+        if parameters is None or not self.free:
+            return [part.process for part in self.parts]
+        pieces = torch.split(parameters, [free.size for free in self.free], dim=1)
+        return [free.process(piece) for free, piece in zip(self.free, pieces, strict=True)]
+
+    def log_likelihood(self, merges: Tensor, lengths: Tensor, parameters: Tensor | None = None) -> Tensor:
+        """log p(alignment | tree, lengths, parameters) of whole trees `[T, n-1, 2]`: float64 `[T]`."""
         total = torch.zeros(len(merges), dtype=torch.float64)
-        for part in self.parts:
+        for part, process in zip(self.parts, self.processes(parameters), strict=True):
             total += torch.from_numpy(
-                felsenstein.log_likelihoods(part.tips, part.process, merges.numpy(), lengths.double().numpy())
+                felsenstein.log_likelihoods(part.tips, process, merges.numpy(), lengths.double().numpy())
             )
         return total
 
@@ -210,18 +235,18 @@ class _Part:
 
 
 class _PartialsGrown(Grown):
-    def __init__(self, evidence: LikelihoodEvidence, count: int) -> None:
+    def __init__(self, evidence: LikelihoodEvidence, count: int, processes: list[Process]) -> None:
         super().__init__(evidence, count)
-        self.parts = evidence.parts
+        self.parts, self.processes = evidence.parts, processes
         self.partials = [
-            np.empty((count, evidence.n - 1, part.process.rates.shape[1], *part.tips.partials.shape[1:]), np.float32)
-            for part in evidence.parts
+            np.empty((count, evidence.n - 1, process.rates.shape[1], *part.tips.partials.shape[1:]), np.float32)
+            for part, process in zip(evidence.parts, processes, strict=True)
         ]
 
     def _features(self, step: int, left: NDArray[np.int32], right: NDArray[np.int32], lengths: Tensor) -> Tensor:
         found = []
-        for part, tables in zip(self.parts, self.partials, strict=True):
-            felsenstein.join(part.tips, part.process, tables, left, right, lengths.double().numpy(), step)
+        for part, process, tables in zip(self.parts, self.processes, self.partials, strict=True):
+            felsenstein.join(part.tips, process, tables, left, right, lengths.double().numpy(), step)
             new = torch.from_numpy(tables[:, step, :, :, : part.seen])
             found.append(part.of_partials(new[:, 0] if new.shape[1] == 1 else new.mean(1)))
         return found[0] if len(found) == 1 else torch.cat(found, 1)

@@ -19,6 +19,7 @@ from headwater.phylogeny.environment import Forests
 from headwater.phylogeny.evidence import Evidence, Grown
 from headwater.phylogeny.network import ForestEncoder, ForestNetwork, LengthHead, PairScore
 from headwater.phylogeny.pairs import describe
+from headwater.phylogeny.parameters import ParameterDensity
 from headwater.phylogeny.walks import forests_on_the_way, merges_of, tables_of, walks_to
 from headwater.policies.base import NO_EXPLORATION, Exploration, LogProbs, StatePolicy
 from headwater.policies.layers import Linear
@@ -36,10 +37,13 @@ class TreePolicy(StatePolicy):
 
     Per-step tensors: `merge` int32 `[S, 2]`, the nodes merged, as in `walks.py`; `length` float32 `[S, 2]` above them,
     of the last merge in column 0 only, zeros where trees have no lengths. Objects are tables, int32 `[T, 2 (n-1)]`, or,
-    with lengths, float32 `[T, 2 (n-1) + 2n-1]`: the table and the lengths of `walks.tables_of`.
+    with lengths, float32 `[T, 2 (n-1) + 2n-1 + p]`: the table and the lengths of `walks.tables_of`, and p coordinates
+    of model parameters, where they are sampled: before the first merge, from a normal density. They are in the per-step
+    tensor `parameters` `[S, p]`, equal in all steps of a trajectory.
 
     backward: "uniform" over the trees that are no leaf, and over the edges of a finished tree; or "learned" over the
-    former. condition_size: C, the columns of the condition; 0 for none.
+    former. condition_size: C, the columns of the condition; 0 for none. start: coordinates `[p]` about which sampled
+    parameters are drawn at first.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class TreePolicy(StatePolicy):
         network: ForestNetwork | None = None,
         backward: TreeBackward = "uniform",
         condition_size: int = 0,
+        start: Tensor | None = None,
     ) -> None:
         super().__init__()
         if backward not in get_args(TreeBackward):
@@ -61,6 +66,9 @@ class TreePolicy(StatePolicy):
         self.flow = Linear(network.width, 1)
         self.undo = Linear(network.width, 1) if backward == "learned" else None
         self.density = network.density(evidence.n_sites) if evidence.has_lengths else None
+        self.parameter_density = ParameterDensity(start) if start is not None and evidence.parameters else None
+        if self.parameter_density is not None:
+            self.embed_parameters = Linear(evidence.parameters, network.width)
         if self.density is not None:
             self.lengths = LengthHead(network, self.density.outputs)
             self.last_length = LengthHead(network, self.density.outputs)
@@ -93,14 +101,17 @@ class TreePolicy(StatePolicy):
     def sample_backward(self, trajectories: Trajectories, generator: torch.Generator | None = None) -> Trajectories:
         """Walks by the uniform backward policy, whatever `backward` is: `log_behaviour` is their log-probability."""
         tables, above = self._finished(trajectories)
-        return self._walked(tables, above, trajectories.condition, trajectories.log_reward, generator)
+        parameters = self._coordinates(trajectories)
+        return self._walked(tables, above, parameters, trajectories.condition, trajectories.log_reward, generator)
 
     def sample_to(self, objects: Tensor, condition: Tensor, generator: torch.Generator | None = None) -> Trajectories:
         """Trajectories to given objects, not yet scored, by the uniform backward policy."""
-        width = 2 * (self.n - 1)
-        tables, above = objects[:, :width].int(), None if self.density is None else objects[:, width:]
+        n = self.n
+        tables, rest = objects[:, : 2 * (n - 1)].int(), objects[:, 2 * (n - 1) :]
+        above = None if self.density is None else rest[:, : 2 * n - 1]
+        parameters = None if self.parameter_density is None else rest[:, 2 * n - 1 :]
         unknown = torch.full((len(tables),), torch.nan)
-        return self._walked(tables, above, self._checked(condition), unknown, generator)
+        return self._walked(tables, above, parameters, self._checked(condition), unknown, generator)
 
     def log_probs(self, trajectories: Trajectories) -> LogProbs:
         if torch.is_grad_enabled() or len(trajectories) <= _MOST_AT_ONCE:
@@ -118,8 +129,9 @@ class TreePolicy(StatePolicy):
         merges = trajectories.steps["merge"].view(count, n - 1, 2)
         lengths = trajectories.steps["length"].view(count, n - 1, 2)
         roots, places, internal = forests_on_the_way(merges)
-        grown, features = self._regrow(merges, lengths)
-        nodes = self._embedded(features, trajectories.condition)
+        parameters = self._coordinates(trajectories)
+        grown, features = self._regrow(merges, lengths, parameters)
+        nodes = self._embedded(features, self._context(trajectories.condition, parameters))
 
         here = torch.arange(count)
         blocks = [(count, n - t) for t in range(n - 1)]
@@ -145,7 +157,10 @@ class TreePolicy(StatePolicy):
         log_forward = torch.stack(forward, 1)
         if self.density is not None:
             log_forward = log_forward + self._log_lengths(owns, others, guesses, lengths)
-        log_forward = log_forward + self._start_log_prob(trajectories)
+        if self.parameter_density is not None and parameters is not None:  # drawn with the first step
+            log_forward = torch.cat(
+                [log_forward[:, :1] + self.parameter_density.log_prob(parameters)[:, None], log_forward[:, 1:]], 1
+            )
         log_backward = self._uniform_backward(internal)
         if backward:
             log_backward = torch.cat([torch.stack(backward, 1), log_backward[:, -1:]], 1)
@@ -174,23 +189,28 @@ class TreePolicy(StatePolicy):
         return out
 
     def objects(self, trajectories: Trajectories) -> Objects:
-        return self.assembled(*self._finished(trajectories))
+        return self.assembled(*self._finished(trajectories), self._coordinates(trajectories))
 
-    def assembled(self, tables: Tensor, above: Tensor | None) -> Tensor:
-        """Objects of tables and, where trees have lengths, those above their nodes."""
-        return tables if self.density is None or above is None else torch.cat([tables.float(), above], 1)
+    def assembled(self, tables: Tensor, above: Tensor | None, parameters: Tensor | None = None) -> Tensor:
+        """Objects of tables and, where trees have them, the lengths above their nodes and their parameters."""
+        if self.density is None or above is None:
+            return tables
+        return torch.cat([tables.float(), above] + ([] if parameters is None else [parameters]), 1)
 
     # Drawing
 
     def _draw(self, condition: Tensor, exploration: Exploration, generator: torch.Generator) -> Trajectories:
         count, n = len(condition), self.n
         here = torch.arange(count)
-        grown = self.evidence.start(count)
-        nodes = self._embedded(self.evidence.leaves[None].expand(count, -1, -1), condition)
+        parameters = None if self.parameter_density is None else self.parameter_density.sample(count, generator)
+        grown, context = self.evidence.start(count, parameters), self._context(condition, parameters)
+        nodes = self._embedded(self.evidence.leaves[None].expand(count, -1, -1), context)
         nodes = torch.cat([nodes, nodes.new_empty(count, n - 1, nodes.shape[2])], 1)
         roots = torch.arange(n).repeat(count, 1)
         merges, lengths = torch.empty(count, n - 1, 2, dtype=torch.int32), torch.zeros(count, n - 1, 2)
         log_behaviour = torch.zeros(count)
+        if self.parameter_density is not None and parameters is not None:
+            log_behaviour += self.parameter_density.log_prob(parameters)
         for t in range(n - 1):
             size = n - t
             tokens = self.encoder(nodes[here[:, None], roots].flatten(0, 1), [(count, size)])
@@ -214,8 +234,8 @@ class TreePolicy(StatePolicy):
             roots[here, i] = n + t
             roots = roots[keep].view(count, size - 1)
             new = grown.join(t, left, right, lengths[:, t], roots)
-            nodes[:, n + t] = self._embedded(new[:, None], condition, internal=True)[:, 0]
-        return self._trajectories(merges, lengths, condition, log_behaviour)
+            nodes[:, n + t] = self._embedded(new[:, None], context, internal=True)[:, 0]
+        return self._trajectories(merges, lengths, parameters, condition, log_behaviour)
 
     def _draw_lengths(
         self, own: Tensor, other: Tensor, guess: Tensor, is_last: bool, generator: torch.Generator
@@ -235,11 +255,11 @@ class TreePolicy(StatePolicy):
 
     # Learning
 
-    def _regrow(self, merges: Tensor, lengths: Tensor) -> tuple[Grown, Tensor]:
+    def _regrow(self, merges: Tensor, lengths: Tensor, parameters: Tensor | None) -> tuple[Grown, Tensor]:
         """What is known of every node of given trajectories, and its features `[T, 2n - 2, features]`."""
         count, n = len(merges), self.n
         roots, _, _ = forests_on_the_way(merges)
-        grown = self.evidence.start(count)
+        grown = self.evidence.start(count, parameters)
         features = [self.evidence.leaves[None].expand(count, -1, -1)]
         for t in range(n - 2):
             left, right = merges[:, t, 0].long(), merges[:, t, 1].long()
@@ -274,12 +294,21 @@ class TreePolicy(StatePolicy):
         logits = self.undo(tokens)[:, :, 0].masked_fill(roots < self.n, NEVER)
         return logits.log_softmax(1).gather(1, undone[:, None])[:, 0]
 
-    def _start_log_prob(self, trajectories: Trajectories) -> Tensor:
-        return torch.zeros(len(trajectories), self.n - 1)
-
     # Small things
 
-    def _embedded(self, features: Tensor, condition: Tensor, internal: bool = False) -> Tensor:
+    def _context(self, condition: Tensor, parameters: Tensor | None) -> Tensor | None:
+        """What is added to every tree of a forest: `[T, width]`; None for nothing."""
+        context = self.embed_condition(condition) if self.condition_size else None
+        if self.parameter_density is None or parameters is None:
+            return context
+        embedded = self.embed_parameters(self.parameter_density.standardised(parameters))
+        return embedded if context is None else context + embedded
+
+    def _coordinates(self, trajectories: Trajectories) -> Tensor | None:
+        """`[T, p]`."""
+        return None if self.parameter_density is None else trajectories.steps["parameters"][trajectories.starts]
+
+    def _embedded(self, features: Tensor, context: Tensor | None, internal: bool = False) -> Tensor:
         """`[T, nodes, features]`, leaves first unless `internal`, -> `[T, nodes, width]`."""
         if internal:
             x = self.embed(features)
@@ -288,7 +317,7 @@ class TreePolicy(StatePolicy):
             x = leaves[None].expand(len(features), -1, -1)
             if features.shape[1] > self.n:
                 x = torch.cat([x, self.embed(features[:, self.n :])], 1)
-        return x + self.embed_condition(condition)[:, None] if self.condition_size else x
+        return x if context is None else x + context[:, None]
 
     def _forest_log_probs(self, states: Tensor, steps: int, condition: Tensor) -> Tensor:
         count, n = len(states), self.n
@@ -299,7 +328,7 @@ class TreePolicy(StatePolicy):
             every = torch.arange(n + t + 1).repeat(count, 1)
             left, right = merges[:, t, 0].long(), merges[:, t, 1].long()
             features.append(grown.join(t, left, right, torch.zeros(count, 2), every)[:, None])
-        nodes = self._embedded(torch.cat(features, 1), condition.expand(count, -1))
+        nodes = self._embedded(torch.cat(features, 1), self._context(condition.expand(count, -1), None))
         blocks = [(count, n - steps)]
         hidden = self.encoder(nodes[torch.arange(count)[:, None], roots].flatten(0, 1), blocks)
         (logits,) = self.score(hidden, [describe(grown.changes, grown.comparable, roots)[0]], blocks)
@@ -316,6 +345,7 @@ class TreePolicy(StatePolicy):
         self,
         tables: Tensor,
         above: Tensor | None,
+        parameters: Tensor | None,
         condition: Tensor,
         log_reward: Tensor,
         generator: torch.Generator | None,
@@ -324,19 +354,26 @@ class TreePolicy(StatePolicy):
         uniform = torch.rand(len(tables), self.n - 1, dtype=torch.float64, generator=generator)
         merges, lengths = walks_to(tables, above, uniform)
         log_behaviour = self._uniform_backward(forests_on_the_way(merges)[2]).sum(1)
-        return replace(self._trajectories(merges, lengths, condition, log_behaviour), log_reward=log_reward)
+        walked = self._trajectories(merges, lengths, parameters, condition, log_behaviour)
+        return replace(walked, log_reward=log_reward)
 
-    def _trajectories(self, merges: Tensor, lengths: Tensor, condition: Tensor, log_behaviour: Tensor) -> Trajectories:
+    def _trajectories(
+        self, merges: Tensor, lengths: Tensor, parameters: Tensor | None, condition: Tensor, log_behaviour: Tensor
+    ) -> Trajectories:
         count = len(merges)
         tables, above = tables_of(merges, lengths)
+        steps, parts = {"merge": merges.flatten(0, 1), "length": lengths.flatten(0, 1)}, [above]
+        if parameters is not None:
+            steps["parameters"] = parameters.repeat_interleave(self.n - 1, 0)
+            parts.append(parameters)
         return Trajectories(
-            steps={"merge": merges.flatten(0, 1), "length": lengths.flatten(0, 1)},
+            steps=steps,
             lengths=torch.full((count,), self.n - 1, dtype=torch.int64),
             condition=condition,
             log_reward=torch.full((count,), torch.nan),
             log_behaviour=log_behaviour,
             version=torch.full((count,), self.version, dtype=torch.int64),
-            identity=identity(torch.cat([tables, above.view(torch.int32)], 1)),
+            identity=identity(torch.cat([tables, torch.cat(parts, 1).view(torch.int32)], 1)),
         )
 
     def _log_z(self, condition: Tensor) -> Tensor:

@@ -129,12 +129,8 @@ class PhylogenyRecipe(Recipe):
         found = self.patterns
         if self.parsimony:
             return ParsimonyEvidence(found.masks, found.weights, self._planes)
-        parts = []
-        for index in range(len(self.data.partitions)):
-            inside = found.partition == index
-            masks, weights = np.ascontiguousarray(found.masks[:, inside]), found.weights[inside]
-            parts.append((masks, weights, self.model.process(masks, weights)))
-        return LikelihoodEvidence(parts)
+        parts = [(masks, weights, self.model.process(masks, weights)) for masks, weights in self._by_partition]
+        return LikelihoodEvidence(parts, [self.model.free] * len(parts) if self.model.sampled else [])
 
     @cached_property
     def base_reward(self) -> ParsimonyReward | PosteriorReward:
@@ -157,7 +153,10 @@ class PhylogenyRecipe(Recipe):
         reward: Reward = self.base_reward
         if self.temperatures is not None:
             conditions, reward = InverseTemperature(*self.temperatures), TemperedReward(reward)
-        policy = TreePolicy(self.evidence, self.network, self.backward, conditions.size)
+        start = None
+        if self.model.sampled and not self.parsimony:
+            start = torch.cat([self.model.start(masks, weights) for masks, weights in self._by_partition])
+        policy = TreePolicy(self.evidence, self.network, self.backward, conditions.size, start)
         if self.temperatures is None:
             with torch.no_grad():
                 policy.log_z.fill_(self._log_marginal_guess)
@@ -186,6 +185,13 @@ class PhylogenyRecipe(Recipe):
             return ExactDistribution(environment, problem.reward, self.default_condition(), ENUMERATION_LIMIT)
         except TooManyStates:
             return None
+
+    @property
+    def _by_partition(self) -> list[tuple[NDArray[np.uint8], NDArray[np.float64]]]:
+        """Masks and weights of each."""
+        found = self.patterns
+        insides = [found.partition == index for index in range(len(self.data.partitions))]
+        return [(np.ascontiguousarray(found.masks[:, inside]), found.weights[inside]) for inside in insides]
 
     @property
     def _planes(self) -> int:

@@ -41,7 +41,8 @@ class PosteriorReward:
     """log R = log p(alignment | tree, lengths) + log p(lengths) + log p(tree): its integral is the marginal likelihood.
 
     Lengths are exponential of rate `branch_rate`, each by itself; all (2n - 5)!! unrooted topologies are equally
-    probable. Objects are float32 `[T, 2 (n-1) + 2n-1]`: a table, and lengths above its nodes.
+    probable. Objects are float32 `[T, 2 (n-1) + 2n-1 + p]`: a table, lengths above its nodes, and the coordinates of
+    model parameters, where they are sampled.
     """
 
     def __init__(self, evidence: LikelihoodEvidence, branch_rate: float = 10.0) -> None:
@@ -55,15 +56,20 @@ class PosteriorReward:
 
     def log_likelihood(self, objects: Tensor) -> Tensor:
         """float64 `[T]`."""
-        tables, above = self._parts(objects)
+        tables, above, parameters = self._parts(objects)
         merges, lengths = walks_to(tables, above, _no_choice(tables))
-        return self.evidence.log_likelihood(merges, lengths)
+        return self.evidence.log_likelihood(merges, lengths, parameters)
 
     def log_prior(self, objects: Tensor) -> Tensor:
-        """Of topology and lengths: float64 `[T]`."""
+        """Of topology, lengths and parameters: float64 `[T]`."""
         n = self.evidence.n
-        total = self._parts(objects)[1].double().sum(1)
-        return (2 * n - 3) * math.log(self.branch_rate) - self.branch_rate * total - log_topologies(n)
+        _, above, parameters = self._parts(objects)
+        total = (2 * n - 3) * math.log(self.branch_rate) - self.branch_rate * above.double().sum(1) - log_topologies(n)
+        if parameters is not None:
+            pieces = torch.split(parameters, [free.size for free in self.evidence.free], dim=1)
+            for free, piece in zip(self.evidence.free, pieces, strict=True):
+                total = total + free.log_prior(piece)
+        return total
 
     def log_marginal_guess(self) -> float:
         """A first guess at the log marginal likelihood: Laplace's approximation, edge by edge, about the best lengths
@@ -79,9 +85,10 @@ class PosteriorReward:
         prior = len(b) * math.log(self.branch_rate) - self.branch_rate * float(b.sum()) - log_topologies(evidence.n)
         return float(log_likelihood[0]) + prior + float((b.log() + spread).sum())
 
-    def _parts(self, objects: Tensor) -> tuple[Tensor, Tensor]:
-        width, n = 2 * (self.evidence.n - 1), self.evidence.n
-        return objects[:, :width].int(), objects[:, width : width + 2 * n - 1]
+    def _parts(self, objects: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        n = self.evidence.n
+        table, above, parameters = torch.split(objects, [2 * (n - 1), 2 * n - 1, self.evidence.parameters], dim=1)
+        return table.int(), above, parameters if self.evidence.parameters else None
 
 
 def log_topologies(n: int) -> float:

@@ -1,0 +1,125 @@
+"""Parameters of a substitution model that are sampled with the tree: their coordinates, their prior, the density that
+the policy draws them from before the first merge.
+
+Priors are MrBayes' defaults: kappa / (1 + kappa) uniform, frequencies and exchangeabilities uniform on their simplex,
+the shape of the Gamma distribution exponential of rate 1, the share of invariable sites uniform. Coordinates are free
+of bounds: log kappa, log-ratios to the last of a simplex, log alpha, the logit of a share. Densities are of these.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+from torch.nn import functional
+
+from headwater.phylogeny.models import Process, SubstitutionModel, process
+
+_LOG_2PI = math.log(2 * math.pi)
+_FIRST_WIDTH = 0.3
+
+
+@dataclass(frozen=True)
+class FreeParameters:
+    """The free parameters of one model, as p coordinates."""
+
+    model: SubstitutionModel
+
+    @property
+    def blocks(self) -> list[tuple[str, int]]:
+        """Each parameter and its number of coordinates."""
+        found = [("kappa", 1)] if self.model.has_kappa else []
+        found += [("frequencies", 3)] if self.model.has_frequencies else []
+        found += [("exchangeabilities", 5)] if self.model.name == "GTR" else []
+        found += [("alpha", 1)] if self.model.gamma_categories > 1 else []
+        return found + ([("invariant", 1)] if self.model.invariant else [])
+
+    @property
+    def size(self) -> int:
+        return sum(size for _, size in self.blocks)
+
+    @property
+    def names(self) -> list[str]:
+        """A name for each number that a person reads: simplices have one more than coordinates."""
+        of = {"frequencies": [f"pi({x})" for x in "ACGT"],
+              "exchangeabilities": [f"r({x})" for x in ("AC", "AG", "AT", "CG", "CT", "GT")]}  # fmt: skip
+        return [name for block, _ in self.blocks for name in of.get(block, [block])]
+
+    def coordinates(self, **values: ArrayLike) -> Tensor:
+        """Of given parameters: float32 `[p]`."""
+        parts = []
+        for name, size in self.blocks:
+            value = np.atleast_1d(np.asarray(values[name], dtype=np.float64)).clip(1e-6)
+            if size > 1:
+                value = value[:-1] / value[-1]
+            elif name == "invariant":
+                value = value / (1 - value.clip(max=1 - 1e-6))
+            parts.append(np.log(value))
+        return torch.tensor(np.concatenate(parts) if parts else [], dtype=torch.float32)
+
+    def values(self, coordinates: Tensor) -> dict[str, Tensor]:
+        """The parameters at coordinates `[T, p]`, float64: `[T]`, simplices `[T, states]`."""
+        found = {}
+        parts = torch.split(coordinates.double(), [size for _, size in self.blocks], dim=1)
+        for (name, size), x in zip(self.blocks, parts, strict=True):
+            if size > 1:
+                found[name] = functional.pad(x, (0, 1)).softmax(1)
+            else:
+                found[name] = torch.sigmoid(x[:, 0]) if name == "invariant" else x[:, 0].exp()
+        return found
+
+    def process(self, coordinates: Tensor) -> Process:
+        """One set of parameters for each of T trees, held within what arithmetic can bear."""
+        values = self.values(coordinates.double().clamp(-12, 12))
+        if "invariant" in values:
+            values["invariant"] = values["invariant"].clamp(max=0.999)
+        if "alpha" in values:
+            values["alpha"] = values["alpha"].clamp(0.02, 200)
+        return process(self.model, **{name: value.numpy() for name, value in values.items()})
+
+    def log_prior(self, coordinates: Tensor) -> Tensor:
+        """float64 `[T]`."""
+        total = torch.zeros(len(coordinates), dtype=torch.float64)
+        parts = torch.split(coordinates.double(), [size for _, size in self.blocks], dim=1)
+        for (name, size), x in zip(self.blocks, parts, strict=True):
+            if size > 1:  # uniform on a simplex, times the Jacobian of the softmax: the product of the shares
+                total += math.lgamma(size + 1) + functional.pad(x, (0, 1)).log_softmax(1).sum(1)
+            elif name == "alpha":
+                total += x[:, 0] - x[:, 0].exp()
+            else:
+                total += functional.logsigmoid(x[:, 0]) + functional.logsigmoid(-x[:, 0])
+        return total
+
+
+class ParameterDensity(nn.Module):
+    """A normal density over p coordinates, with all its correlations."""
+
+    def __init__(self, start: Tensor) -> None:
+        super().__init__()
+        size = len(start)
+        self.mean, self.log_width = nn.Parameter(start.clone()), nn.Parameter(torch.zeros(size))
+        self.start: Tensor
+        self.register_buffer("start", start.clone(), persistent=False)
+        self.mixed = nn.Parameter(torch.zeros(size, size))
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """`[count, p]`."""
+        return self.mean + torch.randn(count, len(self.mean), generator=generator) @ self._factor().t()
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """`[T]` of `[T, p]`."""
+        factor = self._factor()
+        normal = torch.linalg.solve_triangular(factor, (x - self.mean).t(), upper=False)
+        return -0.5 * normal.square().sum(0) - factor.diagonal().log().sum() - 0.5 * len(self.mean) * _LOG_2PI
+
+    def standardised(self, x: Tensor) -> Tensor:
+        """What a network sees of coordinates: `[T, p]`."""
+        return (x - self.start) / _FIRST_WIDTH
+
+    def _factor(self) -> Tensor:
+        width = _FIRST_WIDTH * self.log_width.exp()
+        return torch.diag(width) + width[:, None] * self.mixed.tril(-1)

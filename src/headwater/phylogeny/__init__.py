@@ -1,1 +1,1 @@
-"""Phylogeny: trees in proportion to parsimony or to their Bayesian posterior, from an alignment of DNA."""
+"""Phylogenetics: trees in proportion to their posterior probability or their parsimony."""

@@ -43,7 +43,12 @@ def phylip(interleaved, strict):
 
 
 def nexus(rows, options="datatype=dna gap=- missing=?", sites=12, more=""):
-    return f"#NEXUS\n[made by ; hand]\nBegin data;\n dimensions ntax=5 nchar={sites};\n format {options};\n matrix\n{rows}\n;\nend;\n{more}"
+    start = f"#NEXUS\n[made by ; hand]\nBegin data;\n dimensions ntax=5 nchar={sites};\n format {options};\n"
+    return f"{start} matrix\n{rows}\n;\nend;\n{more}"
+
+
+def with_fourth(text):
+    return fasta(sequences=(*SEQUENCES[:3], text, SEQUENCES[4]))
 
 
 def plain_rows(names=TAXA, sequences=SEQUENCES):
@@ -149,9 +154,9 @@ def test_of_a_mixed_matrix_the_dna_part_is_taken(tmp_path):
         (fasta(TAXA[:3], SEQUENCES[:3]), "3 taxa; an unrooted tree to infer needs at least 4"),
         (fasta(("a", "b", "a", "c", "d")), "line 7, taxon 'a': this name was already given in line 1"),
         (fasta(sequences=(*SEQUENCES[:4], "TTTTGGGG")), "line 13, taxon 'Mus': 8 sites; 12 has the first taxon"),
-        (fasta(sequences=(*SEQUENCES[:3], "ACGTACGTAJGT", SEQUENCES[4])), "line 12, taxon 'Pongo_p.', position 10: letter 'J'"),
-        (fasta(sequences=(*SEQUENCES[:3], "ACGTΩCGTACGT", SEQUENCES[4])), "line 11, taxon 'Pongo_p.', position 5: letter 'Ω'"),
-        (fasta(sequences=(*SEQUENCES[:3], "--NN??XX----", SEQUENCES[4])), "line 10, taxon 'Pongo_p.': gaps and unknown"),
+        (with_fourth("ACGTACGTAJGT"), "line 12, taxon 'Pongo_p.', position 10: letter 'J'"),
+        (with_fourth("ACGTΩCGTACGT"), "line 11, taxon 'Pongo_p.', position 5: letter 'Ω'"),
+        (with_fourth("--NN??XX----"), "line 10, taxon 'Pongo_p.': gaps and unknown"),
         (fasta(sequences=["MKVLEEFPQILW"] * 5), "protein alignment"),
         (nexus(plain_rows(), "datatype=protein"), "line 5: datatype=protein; DNA is what is supported"),
         (nexus(plain_rows(), "datatype=dna transpose"), "line 5: a matrix with taxa in columns"),

@@ -1,17 +1,13 @@
 """Alignments: every format reads the same, every fault is an error that says where, patterns lose nothing."""
 
-import os
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from headwater.phylogeny.alignment_files import AlignmentError
 from headwater.phylogeny.data import GAP, Alignment, Partition, primates, read_alignment, taxa_difference
-
-DATA = Path(os.environ.get("HEADWATER_PHYLO_DATA", Path(__file__).parents[2] / "shared" / "data" / "phylo"))
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no phylogeny data in {DATA}; set HEADWATER_PHYLO_DATA")
+from phylogeny_tree_helpers import DATA, needs_data
 
 TAXA = ("Homo_sapiens", "Pan", "Gorilla", "Pongo_p.", "Mus")
 SEQUENCES = ("ACGTRYKMSW-?", "ACGTNNBDHVXA", "acgtuacgtacg", "A-G-A-G-A-G-", "TTTTGGGGCCCC")

@@ -1,4 +1,4 @@
-"""The pictures of trees: every taxon is named, support and differences are where they belong, scaling keeps distances."""
+"""The pictures of trees: every taxon is named, support and differences stand where they belong."""
 
 import re
 import sys
@@ -6,8 +6,6 @@ import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
-from test_phylogeny_summaries import peaked
-from test_phylogeny_trees import names, random_trees
 
 from headwater.phylogeny.figures import (
     _bins,
@@ -22,6 +20,7 @@ from headwater.phylogeny.summaries import consensus, topologies
 from headwater.phylogeny.tree_files import parse_trees
 from headwater.phylogeny.trees import Trees
 from headwater.report.figures import PALETTE
+from phylogeny_tree_helpers import names, peaked, random_trees
 
 pytest.importorskip("Bio.Phylo")
 
@@ -51,9 +50,9 @@ def test_the_consensus_names_every_taxon_and_shows_support_and_scale(n):
 
 
 def test_names_are_escaped_and_no_formula():
-    taxa = ("a<b>&c", "$x^2$", "O'Brien \"x\"", "y" * 60)
+    taxa = ("a<b>&c", "$x^2$", 'O\'Brien "x"', "y" * 60)
     svg = consensus_figure(consensus(random_trees(taxa, 1)))
-    assert {"a<b>&c", "$x^2$", "O'Brien \"x\"", "y" * 29 + "…"} <= set(texts(svg))
+    assert {"a<b>&c", "$x^2$", 'O\'Brien "x"', "y" * 29 + "…"} <= set(texts(svg))
 
 
 def test_the_topologies_show_their_share_and_only_what_differs_from_the_first():
@@ -86,7 +85,9 @@ def test_scaling_gives_back_the_distances_of_points_in_a_plane_whatever_their_we
     rng = np.random.default_rng(0)
     points = rng.normal(size=(30, 2))
     distances = np.linalg.norm(points[:, None] - points[None], axis=2)
-    places = _scaled(distances, rng.uniform(0.1, 1, 30))
+    weights = rng.uniform(0.1, 1, 30)
+    places = _scaled(distances, weights)
+    assert np.allclose(weights @ places, 0)
     assert np.allclose(np.linalg.norm(places[:, None] - places[None], axis=2), distances)
     assert _scaled(np.zeros((1, 1)), np.ones(1)).tolist() == [[0, 0]]
 
@@ -106,7 +107,9 @@ def test_whole_scores_have_a_bar_each_and_weights_count():
     svg = histogram_figure(scores, x_label="Parsimony score", title="Scores")
     assert {"ours", "theirs", "Parsimony score"} <= set(texts(svg))
     weighted = histogram_figure({"ours": [1, 2]}, x_label="x", title="x", weights={"ours": [2, 1]})
-    assert weighted.split("<path")[1:] == histogram_figure({"ours": [1, 1, 2]}, x_label="x", title="x").split("<path")[1:]
+    assert (
+        weighted.split("<path")[1:] == histogram_figure({"ours": [1, 1, 2]}, x_label="x", title="x").split("<path")[1:]
+    )
 
 
 def test_the_scatter_of_splits_has_a_point_each_between_0_and_1():

@@ -1,10 +1,8 @@
 """Summaries of tree samples: against sets of leaves counted in Python, DendroPy, MrBayes, and published runs."""
 
 import io
-import os
 import shutil
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,31 +11,11 @@ from headwater.phylogeny.data import primates, read_alignment
 from headwater.phylogeny.summaries import compare, consensus, robinson_foulds, split_frequencies, topologies
 from headwater.phylogeny.tree_files import parse_trees, read_trees
 from headwater.phylogeny.trees import Trees
-from test_phylogeny_trees import edges, names, random_trees
-
-DATA = Path(os.environ.get("HEADWATER_PHYLO_DATA", Path(__file__).parents[2] / "shared" / "data" / "phylo"))
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no phylogeny data in {DATA}; set HEADWATER_PHYLO_DATA")
+from phylogeny_tree_helpers import DATA, edges, names, needs_data, peaked, random_trees
 
 
 def inner(trees, t):
     return {side for side in edges(trees, t) if 1 < len(side) < len(trees.taxa) - 1}
-
-
-def peaked(n, count, seed=0):
-    """A sample of few topologies that share most splits, each many times, with weights, as a posterior has them."""
-    rng = np.random.default_rng(seed)
-    base = random_trees(names(n), 1, seed).merges
-    variants = [base[0]]
-    for _ in range(11):  # two leaves of the tree before change places, or of the first
-        number = np.arange(2 * n - 1, dtype=np.int32)
-        pair = rng.choice(n, 2, replace=False)
-        number[pair] = number[pair[::-1]]
-        variants.append(number[variants[rng.integers(0, 2) * -1]])
-    likely = np.arange(12, 0, -1.0) ** 2
-    chosen = rng.choice(12, count, p=likely / likely.sum())
-    lengths = rng.exponential(0.1, (count, n - 1, 2))
-    lengths[:, -1, 1] = 0
-    return Trees(names(n), np.stack(variants)[chosen], lengths), rng.exponential(size=count)
 
 
 @pytest.mark.parametrize("n", [4, 9, 64, 65, 130])

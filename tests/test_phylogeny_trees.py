@@ -1,8 +1,6 @@
 """Trees as arrays: canonical tables, Newick and NEXUS files against Biopython and DendroPy, and their errors."""
 
 import io
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,44 +11,9 @@ from headwater.phylogeny.nexus import unquoted
 from headwater.phylogeny.summaries import robinson_foulds
 from headwater.phylogeny.tree_files import TreeFileError, parse_trees, read_trees
 from headwater.phylogeny.trees import Trees, concatenated, from_canonical
-
-DATA = Path(os.environ.get("HEADWATER_PHYLO_DATA", Path(__file__).parents[2] / "shared" / "data" / "phylo"))
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no phylogeny data in {DATA}; set HEADWATER_PHYLO_DATA")
+from phylogeny_tree_helpers import DATA, edges, names, needs_data, random_trees
 
 QUARTET = "((a,b),(c,d));"
-
-
-def random_trees(taxa, count, seed=0):
-    """Trees whose merges join two of the forest's trees drawn at random."""
-    rng = np.random.default_rng(seed)
-    n = len(taxa)
-    merges = np.empty((count, n - 1, 2), dtype=np.int32)
-    for tree in merges:
-        forest = list(range(n))
-        for k in range(n - 1):
-            tree[k] = [forest.pop(rng.integers(len(forest))) for _ in range(2)]
-            forest.append(n + k)
-    lengths = rng.exponential(0.1, (count, n - 1, 2))
-    lengths[:, -1, 1] = 0
-    return Trees(tuple(taxa), merges, lengths)
-
-
-def names(n):
-    return tuple(f"taxon_{i}" for i in range(n))
-
-
-def edges(trees, t):
-    """Each edge's leaves on the side without leaf 0, with its length: what an unrooted tree is."""
-    n = len(trees.taxa)
-    below = [frozenset([i]) for i in range(n)] + [frozenset()] * (n - 1)
-    found = {}
-    for k in range(n - 1):
-        for side in range(2):
-            child = trees.merges[t, k, side]
-            below[n + k] |= below[child]
-            key = frozenset(range(n)) - below[child] if 0 in below[child] else below[child]
-            found[key] = found.get(key, 0.0) + (0.0 if trees.lengths is None else float(trees.lengths[t, k, side]))
-    return found
 
 
 def rerooted_and_shuffled(trees, rng):
@@ -104,6 +67,10 @@ def test_where_the_root_stands_and_the_order_of_merges_change_no_canonical_table
     assert not np.array_equal(other.merges, trees.merges)
     assert np.array_equal(other.canonical(), trees.canonical())
     assert np.allclose(other.canonical_lengths(), trees.canonical_lengths(), rtol=1e-14)
+    # A root within its edge: the two parts are one length.
+    parted = trees.lengths.copy()
+    parted[:, -1] = trees.lengths[:, -1, :1] * [0.25, 0.75]
+    assert np.allclose(Trees(trees.taxa, trees.merges, parted).canonical_lengths(), trees.canonical_lengths())
 
 
 def test_a_canonical_table_names_each_node_by_its_larger_childs_smallest_leaf():

@@ -197,7 +197,7 @@ class _Layout:
 def _matrix(text: str, first_line: int, layout: _Layout, file: str) -> list[Row]:
     rows: list[Row] = []
     by_name: dict[str, Row] = {}
-    open_row: Row | None = None
+    open_row, have = Row("", 0), 0
     for number, line in enumerate(text.split("\n"), start=first_line):
         if not line.strip():
             continue
@@ -205,12 +205,14 @@ def _matrix(text: str, first_line: int, layout: _Layout, file: str) -> list[Row]
         letters = "".join(rest.split())
         if layout.interleave and (name := unquoted(word)) in by_name:
             by_name[name].pieces.append((number, letters))
-        elif layout.interleave or open_row is None or not _goes_on(line, open_row, layout):
-            open_row = Row(unquoted(word), number, [(number, letters)] if letters else [])
+        elif rows and not layout.interleave and _goes_on(line, have, layout):
+            letters = "".join(line.split())
+            open_row.pieces.append((number, letters))
+            have += len(letters)
+        else:
+            open_row, have = Row(unquoted(word), number, [(number, letters)]), len(letters)
             rows.append(open_row)
             by_name[open_row.name] = open_row
-        else:
-            open_row.pieces.append((number, "".join(line.split())))
     for row in rows:
         row.pieces = [(line, _plain(letters, layout, row, line, file)) for line, letters in row.pieces]
     if layout.match and rows:
@@ -222,13 +224,14 @@ def _matrix(text: str, first_line: int, layout: _Layout, file: str) -> list[Row]
     return rows
 
 
-def _goes_on(line: str, row: Row, layout: _Layout) -> bool:
-    """Whether a line of a sequential matrix belongs to the row before it, which is not full yet."""
+def _goes_on(line: str, have: int, layout: _Layout) -> bool:
+    """Whether a line of a sequential matrix belongs to the row before it, which has so many letters."""
     if layout.sites is None:
-        return not row.pieces
-    words = line.split()
-    named = len(words) > 1 and not _LETTERS.issuperset(words[0])
-    return len(row.text) < layout.sites and not named
+        return have == 0
+    if have >= layout.sites:
+        return False
+    words = line.split(maxsplit=1)  # a name before the row is full: the row is too short, not the name a part of it
+    return len(words) == 1 or _LETTERS.issuperset(words[0])
 
 
 def _plain(letters: str, layout: _Layout, row: Row, line: int, file: str) -> str:

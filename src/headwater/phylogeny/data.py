@@ -154,7 +154,7 @@ def _biopython_rows(path: Path, format: str) -> Rows:
             f"format {format!r}: read with Biopython; install it with pip install 'headwater[phylogeny]'"
         ) from error
     try:
-        records = list(AlignIO.read(path, format))  # type: ignore[no-untyped-call]
+        records = list(AlignIO.read(path, format))
     except ValueError as error:
         raise AlignmentError(f"{path}, as {format!r}: {error}") from error
     return Rows([Row(record.id, 0, [(0, str(record.seq))]) for record in records])

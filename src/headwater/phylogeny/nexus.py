@@ -13,9 +13,7 @@ _BREAKS_A_NAME = re.compile(r"[\s()\[\]{},;:='\"]")
 
 def commands(text: str) -> list[tuple[int, str, str]]:
     """The commands of a NEXUS file as (line where it starts, word in lower case, the rest), comments left out."""
-    clean = _QUOTED_OR_COMMENT.sub(
-        lambda match: match[0] if match[0][0] == "'" else re.sub(r"[^\n]", " ", match[0]), text
-    )
+    clean = without_comments(text)
     clean = re.sub(r"^\s*#nexus", lambda match: re.sub(r"\S", " ", match[0]), clean, count=1, flags=re.IGNORECASE)
     found: list[tuple[int, str, str]] = []
     start, line = 0, 1
@@ -31,6 +29,11 @@ def commands(text: str) -> list[tuple[int, str, str]]:
             word = body.split(maxsplit=1)[0]
             found.append((first, word.lower(), body[len(word) :]))
     return found
+
+
+def without_comments(text: str) -> str:
+    """The text with blanks for comments outside quoted names."""
+    return _QUOTED_OR_COMMENT.sub(lambda m: m[0] if m[0][0] == "'" else re.sub(r"[^\n]", " ", m[0]), text)
 
 
 def quoted(name: str) -> str:

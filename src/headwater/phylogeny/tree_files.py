@@ -10,26 +10,27 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from headwater.phylogeny.data import taxa_difference
 from headwater.phylogeny.newick import FAULTS, label_table, parse
-from headwater.phylogeny.nexus import commands, first_word, unquoted
+from headwater.phylogeny.nexus import commands, first_word, unquoted, without_comments
 from headwater.phylogeny.trees import Floats, Trees
 
 LARGEST_FILE = 2_000_000_000
 """Bytes."""
 
-_TREE = re.compile(
-    rb"\bu?tree\s+\*?\s*('(?:[^']|'')*'|[^\s=\[]+)\s*((?:\[[^\]]*\]\s*)*)=\s*((?:\[[^\]]*\]\s*)*)"
-    rb"([^;']*(?:'[^']*'[^;']*)*);",
+_HEAD = re.compile(
+    rb"\bu?tree\s+\*?\s*('(?:[^']|'')*'|[^\s=\[]+)\s*((?:\[[^\]]{0,1000}\]\s*)*)=\s*((?:\[[^\]]{0,1000}\]\s*)*)",
     re.IGNORECASE,
 )
-_ONE = re.compile(rb"([^;']*(?:'[^']*'[^;']*)*);")
+_BODY = re.compile(rb"([^;']*+(?:'[^']*+'[^;']*+)*+);")
 _BEGIN = re.compile(rb"\bbegin\s+trees\s*;", re.IGNORECASE)
 _WEIGHT = re.compile(rb"&\s*w\s+([-+.\deE]+)(?:\s*/\s*([-+.\deE]+))?", re.IGNORECASE)
 _PROBABILITY = re.compile(rb"&[^\]]*\bprob(?:ability)?\s*=\s*([-+.\deE]+)", re.IGNORECASE)
+_LEAF = re.compile(r"(?<=[(,])\s*('(?:[^']|'')*'|[^\s,:()\[\];']+)")
 _WORD = re.compile(r"'(?:[^']|'')*'|[^\s,:()\[\];]+")
 
 
@@ -51,14 +52,13 @@ def read_trees(path: str | Path, taxa: Sequence[str] | None = None, burn_in: flo
 
     taxa: of the alignment, in its order; None takes those of the file's first tree or its translate block. burn_in: the
     share of the trees, from the first, that is left out, as MrBayes' burninfrac. A rooted tree is unrooted by joining
-    the two edges at its root. Weights are those of [&W ...] or [&prob=...] comments.
+    the two edges at its root. Weights are those of [&W ...] or [&prob=...] comments. An underscore in the file may
+    stand for a blank in a name.
 
     Raises TreeFileError, a ValueError: for other taxa than the alignment's, listing the difference both ways; a
     multifurcation other than the three subtrees at an unrooted top; a node of one child; lengths that are missing in
     part, negative or no numbers; a file without trees, not text, or too large. Raises OSError where there is no file.
     """
-    if not 0 <= burn_in < 1:
-        raise ValueError(f"burn_in {burn_in}: must be a share, at least 0 and below 1")
     path = Path(path)
     if (size := path.stat().st_size) > LARGEST_FILE:
         raise TreeFileError(f"{path}: {size:,} bytes; at most {LARGEST_FILE:,} are read")
@@ -72,37 +72,66 @@ def parse_trees(
     content: bytes | str, taxa: Sequence[str] | None = None, burn_in: float = 0.0, source: str = "trees"
 ) -> TreeSample:
     """`read_trees` of text already at hand; `source` is what errors call it."""
+    if not 0 <= burn_in < 1:
+        raise ValueError(f"burn_in {burn_in}: must be a share, at least 0 and below 1")
     content = content.encode("utf-8") if isinstance(content, str) else content
     content = content.removeprefix(b"\xef\xbb\xbf")
-    translate: dict[str, str] = {}
-    if content.lstrip()[:6].lower() == b"#nexus":
-        begin = _BEGIN.search(content)
-        if begin is None:
-            raise TreeFileError(f"{source}: a NEXUS file without a TREES block")
-        matches = list(_TREE.finditer(content, begin.end()))
-        translate = _translation(content[begin.end() : matches[0].start()]) if matches else {}
-        spans = [match.span(4) for match in matches]
-        names = [match[1].decode("utf-8", "replace") for match in matches]
-        weights = [_weight(match[2] + match[3]) for match in matches]
-    else:
-        matches = [match for match in _ONE.finditer(content) if match[1].strip()]
-        spans, names, weights = [match.span(1) for match in matches], [], [_weight(match[1][:80]) for match in matches]
-    if not spans:
+    statements, translate = _statements(content, source)
+    if not statements:
         raise TreeFileError(f"{source}: no trees; a tree ends with ';'")
-    # A quotation mark that stands alone would swallow what follows it.
-    ends = [match.end() for match in matches]
-    gaps = zip([*ends[:-1], ends[-1]], [*(match.start() for match in matches[1:]), len(content)], strict=True)
-    if left := [start for start, stop in gaps if b"(" in re.sub(rb"\[[^\]]*\]", b"", content[start:stop])]:
-        line = content.count(b"\n", 0, left[0]) + 1
-        raise TreeFileError(f"{source}, line {line}: what follows is no tree; a quotation mark or a ';' may be lacking")
-    first = int(burn_in * len(spans))
-    labels = _labels(content[slice(*spans[first])], translate)
+    first = int(burn_in * len(statements))
+    statements = statements[first:]
+    spans = [statement.span for statement in statements]
+    labels = _labels(content[slice(*spans[0])], translate)
+    # An unquoted underscore may be a blank's: DendroPy and others write them so.
+    blanks = {name.replace(" ", "_"): name for name in taxa or () if " " in name}
+    translate |= {word: name for word, name in blanks.items() if word not in (taxa or ())}
+    labels = [translate.get(label, label) for label in labels]
     if taxa is None:
         taxa = list(dict.fromkeys(translate.values() if set(translate.values()) >= set(labels) else labels))
     elif len(set(labels)) == len(labels) and (difference := taxa_difference(set(labels), set(taxa))):
         raise TreeFileError(f"{source}, tree {first + 1}: other taxa than the alignment's: {difference}")
-    trees = _parsed(content, spans[first:], list(taxa), translate, source, first)
-    return TreeSample(trees, np.array(weights[first:]), tuple(unquoted(name) for name in names[first:]))
+    trees = _parsed(content, spans, list(taxa), translate, source, first)
+    weights = np.array([_weight(statement.comments) for statement in statements])
+    names = tuple(unquoted(statement.name.decode("utf-8", "replace")) for statement in statements)
+    return TreeSample(trees, weights, names if any(names) else ())
+
+
+class _Statement(NamedTuple):
+    """One tree in the text: its name and comments, empty in a Newick file, and where its Newick stands."""
+
+    name: bytes
+    comments: bytes
+    span: tuple[int, int]
+
+
+def _statements(content: bytes, source: str) -> tuple[list[_Statement], dict[str, str]]:
+    """Every tree of the text, and the names that its numbers stand for."""
+    found: list[_Statement] = []
+    translate: dict[str, str] = {}
+    at, nexus = 0, content.lstrip()[:6].lower() == b"#nexus"
+    if nexus:
+        if (begin := _BEGIN.search(content)) is None:
+            raise TreeFileError(f"{source}: a NEXUS file without a TREES block")
+        at = begin.end()
+    while at < len(content):
+        head = _HEAD.search(content, at) if nexus else None
+        if nexus and head is None:
+            break
+        if head and not found:
+            translate = _translation(content[at : head.start()])
+        start = head.end() if head else at
+        if (body := _BODY.match(content, start)) is None:
+            if not nexus and not content[start:].strip():
+                break
+            line = content.count(b"\n", 0, start) + 1
+            raise TreeFileError(f"{source}, line {line}: a tree without a ';' at its end, or a quotation mark too many")
+        at = body.end()
+        if head:
+            found.append(_Statement(head[1], head[2] + head[3], body.span(1)))
+        elif body[1].strip():
+            found.append(_Statement(b"", body[1][:100], body.span(1)))
+    return found, translate
 
 
 def _translation(header: bytes) -> dict[str, str]:
@@ -123,9 +152,8 @@ def _weight(comments: bytes) -> float:
 
 def _labels(tree: bytes, translate: Mapping[str, str]) -> list[str]:
     """The taxa of one Newick tree in the order in which they come."""
-    text = re.sub(r"\[[^\]]*\]", "", tree.decode("utf-8", "replace"))
-    words = [unquoted(match[0]) for match in re.finditer(r"(?<=[(,])\s*('(?:[^']|'')*'|[^\s,:()\[\];']+)", text)]
-    words = [unquoted(word.strip()) for word in words]
+    text = without_comments(tree.decode("utf-8", "replace"))
+    words = [unquoted(match[1]) for match in _LEAF.finditer(text)]
     return [translate.get(word, word) for word in words]
 
 
@@ -139,6 +167,7 @@ def _parsed(
 ) -> Trees:
     words = {name: i for i, name in enumerate(taxa)}
     words |= {key: words[name] for key, name in translate.items() if name in words}
+    words |= {word.replace("'", "''"): i for word, i in words.items() if "'" in word}  # as it stands between quotes
     encoded = [word.encode("utf-8") for word in words]
     starts = np.cumsum([0, *map(len, encoded)])
     label_bytes = np.frombuffer(b"".join(encoded) or b" ", dtype=np.uint8)

@@ -254,7 +254,7 @@ def _normalise(nodes, out, categories, frequencies, roots, powers):  # type: ign
 @kept_njit()
 def _add_site_logs(roots, powers, site_logs):  # type: ignore[no-untyped-def]
     for w in range(len(site_logs)):
-        site_logs[w] += math.log(roots[w]) + powers[w] * _LOG_2
+        site_logs[w] += math.log(np.float64(roots[w])) + powers[w] * _LOG_2
 
 
 @kept_njit()
@@ -267,7 +267,7 @@ def _invariant_logs(roots, powers, weights, common, frequencies, invariant):  # 
             for i in range(4):
                 if common[w] >> i & 1:
                     states += frequencies[i]
-            log = math.log(roots[w]) + powers[w] * _LOG_2
+            log = math.log(np.float64(roots[w])) + powers[w] * _LOG_2
             ratio = math.log(invariant * states / (1 - invariant)) - log
             total += weights[w] * (max(ratio, 0.0) + math.log1p(math.exp(-abs(ratio))))
     return total
@@ -281,7 +281,7 @@ def _logs(roots, powers, weights):  # type: ignore[no-untyped-def]
         total = 0.0
         for w in range(len(weights)):
             if weights[w] > 0:
-                total += weights[w] * (math.log(roots[w]) + powers[w] * _LOG_2)
+                total += weights[w] * (math.log(np.float64(roots[w])) + powers[w] * _LOG_2)
     return total
 
 

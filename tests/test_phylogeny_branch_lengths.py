@@ -44,15 +44,19 @@ def test_derivatives_are_those_of_small_differences(rng, name):
         np.testing.assert_allclose(got.second[:, k, c], curve, rtol=1e-5, atol=1e-2)
 
 
-def test_derivatives_do_not_underflow(rng):
-    masks, weights = random_patterns(rng, 400, 20)
-    merges, lengths = random_trees(rng, 400, 2, 3.0)
+def test_derivatives_do_not_underflow_along_a_thousand_merges(rng):
+    n = 1200
+    masks, weights = random_patterns(rng, n, 20)
+    ladder = np.array([[[0, 1], *([k + n - 1, k + 1] for k in range(1, n - 1))]], dtype=np.int32)
+    merges, lengths = random_trees(rng, n, 2, 3.0)
+    merges = np.concatenate((merges[:1], ladder))
     tips = felsenstein.tips(masks, weights)
     got = log_likelihood_gradients(tips, MODELS["JC69"], merges, lengths)
     plain = felsenstein.log_likelihoods(tips, MODELS["JC69"], merges, lengths)
-    assert (plain < -20 * 400).all()
+    assert (plain < -20 * n).all()  # far less than the smallest number, at every pattern
     np.testing.assert_allclose(got.log_likelihood, plain, rtol=1e-6)
     assert np.isfinite(got.first).all()
+    np.testing.assert_allclose(got.first[:, -1, 0], got.first[:, -1, 1], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["JC69", "GTR+G4+I"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from headwater.phylogeny import felsenstein, fitch
+from headwater.phylogeny import felsenstein, fitch, pruning
 from headwater.phylogeny.models import (
     SubstitutionModel,
     empirical_frequencies,
@@ -311,6 +311,13 @@ def test_partitions_add_and_missing_sites_count_for_nothing(rng):
         np.pad(masks, ((0, 0), (0, 9)), constant_values=15), np.pad(weights, (0, 9), constant_values=5)
     )
     np.testing.assert_allclose(felsenstein.log_likelihoods(wider, MODELS["JC69"], merges, lengths), whole, rtol=1e-7)
+
+
+def test_logarithms_of_patterns_are_exact(rng):
+    roots, powers = rng.uniform(1, 2, 999).astype(np.float32), rng.integers(-900, 5, 999).astype(np.float32)
+    for w in range(len(roots)):
+        got = pruning.weighted_logs(roots[w : w + 1], powers[w : w + 1], np.ones(1))
+        assert got == pytest.approx(math.log(float(roots[w])) + float(powers[w]) * math.log(2), abs=1e-12, rel=1e-15)
 
 
 def test_what_cannot_have_happened_has_likelihood_zero():

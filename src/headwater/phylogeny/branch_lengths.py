@@ -63,7 +63,7 @@ def fit_lengths(
     lengths: NDArray[np.float64],
     prior_rate: float = 0.0,
     iterations: int = 40,
-    tolerance: float = 1e-4,
+    tolerance: float = 1e-3,
 ) -> tuple[Floats, Floats]:
     """Branch lengths that maximise log likelihood - prior_rate * (sum of lengths): maximum likelihood with 0, else
     maximum a posteriori under an exponential prior of that rate.

@@ -45,6 +45,14 @@ def tips(masks: NDArray[np.uint8], weights: NDArray[np.float64]) -> Tips:
     return Tips(bits.astype(np.float32), np.pad(weights.astype(np.float64), (0, missing)), common)
 
 
+def partition_tips(
+    masks: NDArray[np.uint8], weights: NDArray[np.float64], partition: NDArray[np.int64]
+) -> tuple[Tips, ...]:
+    """`tips` of each partition, 0 on: partition `[P]` says which one a pattern belongs to."""
+    parts = [partition == part for part in range(int(partition.max(initial=-1)) + 1)]
+    return tuple(tips(masks[:, part], weights[part]) for part in parts)
+
+
 def log_likelihoods(
     tips: Tips, process: Process, merges: NDArray[np.int32], lengths: NDArray[np.float64]
 ) -> NDArray[np.float64]:
@@ -79,6 +87,7 @@ def join(
     last merge has one edge, of which the other's length is 0). site_logs: float64 `[T, P]` to which each pattern's
     logarithm is added: `invariant_correction` needs them, nothing else.
     """
+    left, right = np.ascontiguousarray(left, dtype=np.int32), np.ascontiguousarray(right, dtype=np.int32)
     edges = edge_factors(process, lengths)
     logs = np.zeros((0, 0)) if site_logs is None else site_logs
     kernel = pruning.closed_form_join if process.closed_form else pruning.join

@@ -78,6 +78,7 @@ def join(
 
     tables: uint64 `[T, n-1, planes, W]`, contiguous; row `step` is written, the rows of `left` and `right` are read.
     """
+    left, right = np.ascontiguousarray(left, dtype=np.int32), np.ascontiguousarray(right, dtype=np.int32)
     return _join(leaves, tables, left, right, step)
 
 
@@ -94,6 +95,7 @@ def pair_costs(
     others: int32 `[T, K]`. out_changes: int32 `[T, K]`, sites at which the two share no state. out_comparable: int32
     `[T, K]`, sites at which neither may be any of A, C, G, T, as a missing cell may.
     """
+    node, others = np.ascontiguousarray(node, dtype=np.int32), np.ascontiguousarray(others, dtype=np.int32)
     _pair_costs(leaves, tables, node, others, out_changes, out_comparable)
 
 

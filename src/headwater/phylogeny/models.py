@@ -119,16 +119,16 @@ def transition_matrices(process: Process, lengths: ArrayLike) -> Floats:
     """Probabilities of the state at the far end (column) given the near one (row): lengths `[T, E]`, float64
     `[T, E, C, 4, 4]`.
     """
-    return _matrices(process, np.asarray(lengths, dtype=np.float64), np.zeros(0, dtype=np.float64))
+    return _matrices(process, _of_trees(process, lengths), np.float64)
 
 
 def edge_factors(process: Process, lengths: ArrayLike) -> NDArray[np.float32]:
     """What the likelihood's kernels take of the edges: lengths `[T, E]`, float32 `[T, E, C, 4, 4]`, the transition
     matrices; or `[T, E, 2]` in closed form, exp(-4/3 b) and (1 - exp(-4/3 b)) / 4.
     """
-    lengths = np.asarray(lengths, dtype=np.float64)
+    lengths = _of_trees(process, lengths)
     if not process.closed_form:
-        return _matrices(process, lengths, np.zeros(0, dtype=np.float32))
+        return _matrices(process, lengths, np.float32)
     exponent = -4 / 3 * lengths * process.rates
     return np.stack((np.exp(exponent), -0.25 * np.expm1(exponent)), -1).astype(np.float32)
 
@@ -205,12 +205,15 @@ def _decompose(exchange: Floats, pi: Floats) -> tuple[Floats, Floats, Floats]:
     return vectors / root[:, :, None], values, vectors.transpose(0, 2, 1) * root[:, None, :]
 
 
-def _matrices(process: Process, lengths: Floats, like: np.ndarray) -> np.ndarray:
-    if lengths.ndim != 2 or len(process.values) not in (1, len(lengths)):
-        raise ValueError(
-            f"lengths of shape {lengths.shape}: must be [T, E], T the {len(process.values)} sets of parameters"
-        )
-    out = np.empty((*lengths.shape, process.rates.shape[1], 4, 4), dtype=like.dtype)
+def _of_trees(process: Process, lengths: ArrayLike) -> Floats:
+    lengths, sets = np.asarray(lengths, dtype=np.float64), len(process.values)
+    if lengths.ndim != 2 or sets not in (1, len(lengths)):
+        raise ValueError(f"lengths of shape {lengths.shape}: must be [T, E], and T is {sets if sets > 1 else 'free'}")
+    return lengths
+
+
+def _matrices(process: Process, lengths: Floats, kind: type[np.floating]) -> np.ndarray:
+    out = np.empty((*lengths.shape, process.rates.shape[1], 4, 4), dtype=kind)
     _fill_matrices(process.left, process.values, process.right, process.rates, lengths, out)
     return out
 

@@ -54,7 +54,7 @@ def closed_form_trees(leaves, weights, common, merges, edges, frequencies, invar
                                    powers, chunk)  # fmt: skip
             roots[:chunk] = nodes[(2 * n - 2) * size + 4 * _CHUNK : (2 * n - 2) * size + 4 * _CHUNK + chunk]
             b = t if len(frequencies) > 1 else 0
-            logs[t] += _logs(roots, powers, weights[start : start + chunk])
+            logs[t] += weighted_logs(roots, powers, weights[start : start + chunk])
             if invariant[b] > 0:
                 logs[t] += _invariant_logs(roots, powers, weights[start : start + chunk],
                                            common[start : start + chunk], frequencies[b], invariant[b])  # fmt: skip
@@ -117,7 +117,7 @@ def trees(leaves, weights, common, merges, edges, frequencies, invariant):  # ty
                 _rescale(nodes, out, categories, powers, chunk)
             b = t if len(frequencies) > 1 else 0
             _at_root(nodes, n * leaf_size + (n - 2) * size, categories, frequencies[b], roots, powers, chunk)
-            logs[t] += _logs(roots, powers, weights[start : start + chunk])
+            logs[t] += weighted_logs(roots, powers, weights[start : start + chunk])
             if invariant[b] > 0:
                 logs[t] += _invariant_logs(roots, powers, weights[start : start + chunk],
                                            common[start : start + chunk], frequencies[b], invariant[b])  # fmt: skip
@@ -191,7 +191,7 @@ def join(leaves, tables, left, right, edges, frequencies, step, weights, site_lo
             x = node * 4 * patterns if node < n else (node - n) * size
             _along_edge(source, x, node < n, nodes, step * size, edges[t, child], patterns, patterns, child == 1)
         _normalise(nodes, step * size, categories, frequencies[t if len(frequencies) > 1 else 0], roots, powers)
-        logs[t] = _logs(roots, powers, weights)
+        logs[t] = weighted_logs(roots, powers, weights)
         if len(site_logs):
             _add_site_logs(roots, powers, site_logs[t])
     return logs
@@ -231,7 +231,7 @@ def closed_form_join(leaves, tables, left, right, edges, frequencies, step, weig
             store(nodes, out + patterns, multiply(z1, factor))
             store(nodes, out + 2 * patterns, multiply(z2, factor))
             store(nodes, out + 3 * patterns, multiply(z3, factor))
-        logs[t] = _logs(roots, powers, weights)
+        logs[t] = weighted_logs(roots, powers, weights)
         if len(site_logs):
             _add_site_logs(roots, powers, site_logs[t])
     return logs
@@ -254,7 +254,7 @@ def _normalise(nodes, out, categories, frequencies, roots, powers):  # type: ign
 @kept_njit()
 def _add_site_logs(roots, powers, site_logs):  # type: ignore[no-untyped-def]
     for w in range(len(site_logs)):
-        site_logs[w] += math.log(roots[w]) + powers[w] * _LOG_2
+        site_logs[w] += math.log(np.float64(roots[w])) + powers[w] * _LOG_2
 
 
 @kept_njit()
@@ -267,21 +267,21 @@ def _invariant_logs(roots, powers, weights, common, frequencies, invariant):  # 
             for i in range(4):
                 if common[w] >> i & 1:
                     states += frequencies[i]
-            log = math.log(roots[w]) + powers[w] * _LOG_2
+            log = math.log(np.float64(roots[w])) + powers[w] * _LOG_2
             ratio = math.log(invariant * states / (1 - invariant)) - log
             total += weights[w] * (max(ratio, 0.0) + math.log1p(math.exp(-abs(ratio))))
     return total
 
 
 @kept_njit()
-def _logs(roots, powers, weights):  # type: ignore[no-untyped-def]
+def weighted_logs(roots, powers, weights):  # type: ignore[no-untyped-def]
     """Sum of weights log(roots 2^powers), roots from 1 to 2."""
     total, below = _unit_logs(roots, powers, weights)
     if below:  # a number too small to be scaled, or 0
         total = 0.0
         for w in range(len(weights)):
             if weights[w] > 0:
-                total += weights[w] * (math.log(roots[w]) + powers[w] * _LOG_2)
+                total += weights[w] * (math.log(np.float64(roots[w])) + powers[w] * _LOG_2)
     return total
 
 

@@ -132,7 +132,7 @@ def _propose(tables, above, uniform, has_lengths, after, lengths, ratio):  # typ
             new_top = aside if joint == top else top
             count = 0
             for v in range(2 * n - 1):
-                if v in (n, new_top, joint):
+                if v == n or v == new_top or v == joint:  # noqa: SIM109 (numba's tuples are of one type)
                     continue
                 inside = v  # not under the pruned node
                 while inside >= 0 and inside != node:

@@ -36,6 +36,7 @@ from headwater.phylogeny.trees import Trees
 from headwater.phylogeny.walks import tables_of
 from headwater.policies import Policy
 from headwater.recipes.base import ENUMERATION_LIMIT, Problem, Recipe
+from headwater.report import Section
 from headwater.reward import Reward, TemperedReward
 from headwater.runs import Run, Samples
 from headwater.search.explorer import Explorer
@@ -271,6 +272,22 @@ class PhylogenyRecipe(Recipe):
     def write_samples(self, run: Run, samples: Samples) -> list[Path]:
         """Tree files, consensus and tables: see `posterior.write_summaries`."""
         return write_summaries(run.folder, self.weighted(samples), *self.score(samples))
+
+    def sections(self, run: Run, policy: Policy) -> list[Section]:
+        """The consensus, the topologies, agreement with the reference, and what all that is good for."""
+        from headwater.phylogeny import sections
+
+        samples = run.samples()
+        if samples is None:
+            return []
+        found = self.weighted(samples)
+        what, name = ("log Z", "changes") if self.parsimony else ("log marginal likelihood", "log-likelihood")
+        values = np.array(samples.extra["changes" if self.parsimony else "log_likelihood"], dtype=np.float64)
+        parts = [sections.consensus_section(found, what), sections.topologies_section(found, values, name)]
+        if (comparison := self.comparison(found)) is not None:
+            assert self.reference is not None
+            parts.append(sections.agreement_section(comparison, self.reference.name))
+        return [*parts, sections.honesty_section(self.parsimony, self.chains.share)]
 
     def score(self, samples: Samples) -> tuple[NDArray[np.float64], str]:
         """What a person looks at, more being better: changes below zero, or the log posterior; and its name."""

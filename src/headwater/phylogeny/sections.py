@@ -27,8 +27,8 @@ def consensus_section(found: WeightedTrees, what: str) -> Section:
     """The majority-rule consensus, and the normalising constant `what` (such as "log marginal likelihood")."""
     words = (
         f"<p>The majority-rule consensus of {len(found.trees):,} independent draws, each weighted by what is left "
-        f"between sampler and target: an effective {found.effective:.0%} of them. There is no burn-in, and no autocorrelation. "
-        f"The {what}, from the same weights, is <b>{found.log_z:,.3f} ± {found.interval:.3f}</b>.</p>"
+        f"between sampler and target: an effective {found.effective:.0%} of them. There is no burn-in and no "
+        f"autocorrelation. The {what}, from the same weights, is <b>{found.log_z:,.3f} ± {found.interval:.3f}</b>.</p>"
     )
     figure = consensus_figure(consensus(found.trees, found.weights))
     return Section("Consensus tree", f'{words}<figure class="wide">{figure}</figure>')
@@ -66,8 +66,9 @@ def agreement_section(comparison: Comparison, reference: str) -> Section:
     words = (
         f"<p>Against {escape(reference)}: average standard deviation of split frequencies "
         f"<b>{comparison.split_deviation:.4f}</b> (largest {comparison.largest_deviation:.4f}; over splits of 0.1 or "
-        f"more in either, as MrBayes computes it), total variation between topologies {comparison.topology_distance:.4f}, "
-        f"correlation of split frequencies {comparison.split_correlation:.4f} and of topology probabilities "
+        f"more in either, as MrBayes computes it), total variation between topologies "
+        f"{comparison.topology_distance:.4f}, correlation of split "
+        f"frequencies {comparison.split_correlation:.4f} and of topology probabilities "
         f"{comparison.topology_correlation:.4f}. Of the reference's probability, {comparison.covered:.1%} is on "
         "topologies that were drawn here.</p>"
     )

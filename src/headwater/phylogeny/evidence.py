@@ -16,7 +16,8 @@ from torch import Tensor
 
 from headwater.phylogeny import felsenstein, fitch
 from headwater.phylogeny.models import Process
-from headwater.phylogeny.pairs import FURTHEST, Apart
+from headwater.phylogeny.neighbour_joining import distances
+from headwater.phylogeny.pairs import Apart
 from headwater.phylogeny.parameters import FreeParameters
 
 _UNKNOWN = 15  # any of A, C, G, T
@@ -91,25 +92,13 @@ class Evidence(ABC):
     @property
     def distances(self) -> NDArray[np.float64]:
         """Distances of leaves, corrected for unseen changes (Jukes & Cantor 1969): float64 `[n, n]`."""
-        return self._distances(self.weights[None])[0]
+        return distances(self.masks, self.weights[None].numpy())[0]
 
     def resampled_distances(self, count: int, generator: torch.Generator) -> NDArray[np.float64]:
         """The same from sites drawn with replacement: float64 `[count, n, n]`."""
         drawn = torch.multinomial(self.weights, count * int(self.n_sites), True, generator=generator).view(count, -1)
         counts = torch.zeros(count, len(self.weights), dtype=torch.float64)
-        return self._distances(counts.scatter_add_(1, drawn, torch.ones(drawn.shape).double()))
-
-    def _distances(self, counts: Tensor) -> NDArray[np.float64]:
-        """From counts of patterns `[count, P]`."""
-        count = len(counts)
-        changed, known = np.empty((2, count, self.n, self.n))
-        for i in range(self.n):
-            apart = (self.masks[i] & self.masks) == 0
-            both = (self.masks[i] != _UNKNOWN) & (self.masks != _UNKNOWN)
-            changed[:, i] = counts.numpy() @ apart.T
-            known[:, i] = counts.numpy() @ both.T
-        share = np.minimum(changed / np.maximum(known, 1), FURTHEST)
-        return -0.75 * np.log1p(-share * (4 / 3))
+        return distances(self.masks, counts.scatter_add_(1, drawn, torch.ones(drawn.shape).double()).numpy())
 
     @property
     def parameters(self) -> int:

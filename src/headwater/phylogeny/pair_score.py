@@ -27,6 +27,8 @@ def pair_scores(
     """
     tensors = trees, features, of_pair, out
     if all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors) and len(out) % LANES == 0:
+        if not torch.is_grad_enabled():
+            return _scores(*(tensor.detach().contiguous() for tensor in tensors), np.array(blocks))
         return _PairScores.apply(*tensors, np.array(blocks))  # type: ignore[no-untyped-call]
     return plain_pair_scores(*tensors, blocks)
 
@@ -46,6 +48,12 @@ def plain_pair_scores(
     return torch.cat(logits)
 
 
+def _scores(trees: Tensor, features: Tensor, of_pair: Tensor, out: Tensor, blocks: np.ndarray) -> Tensor:
+    logits = trees.new_empty(len(features))
+    _forward(trees.numpy(), features.numpy(), of_pair.numpy(), out.numpy(), blocks, logits.numpy())
+    return logits
+
+
 class _PairScores(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -54,9 +62,7 @@ class _PairScores(torch.autograd.Function):
         tensors = [tensor.detach().contiguous() for tensor in (trees, features, of_pair, out)]
         ctx.save_for_backward(*tensors)
         ctx.blocks = blocks
-        logits = trees.new_empty(len(features))
-        _forward(*(tensor.numpy() for tensor in tensors), blocks, logits.numpy())
-        return logits
+        return _scores(*tensors, blocks)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -208,15 +208,12 @@ class TreePolicy(StatePolicy):
         assert self.density is not None
         if is_last:
             both = own + other
-            output = self.last_length(both, both, guess)
-            drawn = self.density.sample(output, guess[:, 0], generator)[:, None]
-            return drawn, self.density.log_prob(output, guess[:, 0], drawn[:, 0])
-        output = self.lengths(own, other, guess)
-        left = self.density.sample(output, guess[:, 0], generator)
-        log_density = self.density.log_prob(output, guess[:, 0], left)
+            drawn, log_density = self.density.draw(self.last_length(both, both, guess), guess[:, 0], generator)
+            return drawn[:, None], log_density
+        left, log_left = self.density.draw(self.lengths(own, other, guess), guess[:, 0], generator)
         output = self.lengths(other, own, guess.flip(1), left)
-        right = self.density.sample(output, guess[:, 1], generator)
-        return torch.stack([left, right], 1), log_density + self.density.log_prob(output, guess[:, 1], right)
+        right, log_right = self.density.draw(output, guess[:, 1], generator)
+        return torch.stack([left, right], 1), log_left + log_right
 
     # Learning
 

@@ -50,8 +50,10 @@ class Blocks:
 
     def of_trees(self, values: Tensor) -> list[Tensor]:
         """`[rows]` -> `[M, k]` a block."""
-        return [part.view(size) for part, size in zip(values[: sum(self.trees)].split(self.trees), self.sizes, strict=True)]
+        parts = values[: sum(self.trees)].split(self.trees)  # type: ignore[no-untyped-call]
+        return [part.view(size) for part, size in zip(parts, self.sizes, strict=True)]
 
     def of_pairs(self, values: Tensor) -> list[Tensor]:
         """`[all pairs]` -> `[M, pairs]` a block."""
-        return [part.view(forests, -1) for part, (forests, _) in zip(values.split(self.pairs), self.sizes, strict=True)]
+        parts = values.split(self.pairs)  # type: ignore[no-untyped-call]
+        return [part.view(m, k * (k - 1) // 2) for part, (m, k) in zip(parts, self.sizes, strict=True)]

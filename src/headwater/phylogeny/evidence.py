@@ -59,8 +59,9 @@ class Grown:
 class Evidence(ABC):
     """An alignment as a network sees it.
 
-    n: leaves. n_sites: sites of the alignment. features: numbers that describe a node. leaves: float32 `[n, features]`. has_lengths: whether the edges'
-    lengths matter. sites: all variable sites, for comparing trees; alike: about how many others any two have in common.
+    n: leaves. n_sites: sites of the alignment. features: numbers that describe a node. leaves: float32 `[n, features]`.
+    has_lengths: whether the edges' lengths matter. sites: all variable sites, for comparing trees; alike: about how
+    many others any two have in common.
     """
 
     has_lengths: bool

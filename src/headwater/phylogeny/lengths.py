@@ -100,7 +100,7 @@ class BinnedLengths:
         return lengths, self.log_prob(output, guess, lengths)
 
     def log_prob(self, output: Tensor, guess: Tensor, lengths: Tensor) -> Tensor:
-        inside = torch.bucketize(lengths, self.edges[1:-1], right=True)
+        inside = torch.bucketize(lengths.contiguous(), self.edges[1:-1], right=True)
         chosen = self._log_weights(output, guess).gather(1, inside[:, None])[:, 0]
         return torch.where(lengths < self.LONGEST, chosen - self.log_sizes[inside], -torch.inf)
 

@@ -11,24 +11,35 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from headwater.native import kept_njit
-from headwater.phylogeny.pairs import PAIR_FEATURES
-from headwater.policies.registers import LANES, add, broadcast, load, maximum, multiply, multiply_add, store, where_positive
+from headwater.phylogeny.pairs import PAIR_FEATURES, pair_index
+from headwater.policies.registers import (
+    LANES,
+    add,
+    broadcast,
+    load,
+    maximum,
+    multiply,
+    multiply_add,
+    store,
+    where_positive,
+)
 
 
 def pair_scores(
     trees: Tensor, features: Tensor, of_pair: Tensor, out: Tensor, blocks: Sequence[tuple[int, int]]
 ) -> Tensor:
     """trees: `[rows, width]`, those of all forests end to end, in blocks (M, k) of M forests of k trees; rows after
-    these are not looked at. features: `[pairs, PAIR_FEATURES]`, of pairs i < j row by row, forest by forest. of_pair: `[PAIR_FEATURES, width]`.
-    out: `[width]`. Returns logits `[pairs]`.
+    these are not looked at. features: `[pairs, PAIR_FEATURES]`, of pairs i < j row by row, forest by forest. of_pair:
+    `[PAIR_FEATURES, width]`. out: `[width]`. Returns logits `[pairs]`.
     """
     tensors = trees, features, of_pair, out
     if all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors) and len(out) % LANES == 0:
         if not torch.is_grad_enabled():
-            return _scores(*(tensor.detach().contiguous() for tensor in tensors), np.array(blocks))
+            return _scores([tensor.detach().contiguous() for tensor in tensors], np.array(blocks))
         return _PairScores.apply(*tensors, np.array(blocks))  # type: ignore[no-untyped-call]
     return plain_pair_scores(*tensors, blocks)
 
@@ -37,32 +48,30 @@ def plain_pair_scores(
     trees: Tensor, features: Tensor, of_pair: Tensor, out: Tensor, blocks: Sequence[tuple[int, int]]
 ) -> Tensor:
     """The same in PyTorch's operations."""
-    parts = trees[: sum(count * size for count, size in blocks)].split([count * size for count, size in blocks])
-    known = features.split([count * size * (size - 1) // 2 for count, size in blocks])  # type: ignore[no-untyped-call]
-    logits = []
-    for part, of_pairs, (count, size) in zip(parts, known, blocks, strict=True):
-        i, j = torch.triu_indices(size, size, 1)
-        forests = part.view(count, size, -1)
-        pairs = (forests[:, i] + forests[:, j]).flatten(0, 1)
-        logits.append((pairs + of_pairs @ of_pair).relu() @ out)
-    return torch.cat(logits)
+    hidden, row = [], 0
+    for count, size in blocks:
+        i, j = pair_index(size)
+        forests = trees[row : row + count * size].view(count, size, -1)
+        hidden.append((forests[:, i] + forests[:, j]).flatten(0, 1))
+        row += count * size
+    return (torch.cat(hidden) + features @ of_pair).relu() @ out
 
 
-def _scores(trees: Tensor, features: Tensor, of_pair: Tensor, out: Tensor, blocks: np.ndarray) -> Tensor:
-    logits = trees.new_empty(len(features))
-    _forward(trees.numpy(), features.numpy(), of_pair.numpy(), out.numpy(), blocks, logits.numpy())
+def _scores(tensors: list[Tensor], blocks: NDArray[np.int64]) -> Tensor:
+    logits = torch.empty(len(tensors[1]))
+    _forward(*(tensor.numpy() for tensor in tensors), blocks, logits.numpy())
     return logits
 
 
 class _PairScores(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, trees: Tensor, features: Tensor, of_pair: Tensor, out: Tensor, blocks: np.ndarray
+        ctx: Any, trees: Tensor, features: Tensor, of_pair: Tensor, out: Tensor, blocks: NDArray[np.int64]
     ) -> Tensor:
         tensors = [tensor.detach().contiguous() for tensor in (trees, features, of_pair, out)]
         ctx.save_for_backward(*tensors)
         ctx.blocks = blocks
-        return _scores(*tensors, blocks)
+        return _scores(tensors, blocks)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -37,8 +37,6 @@ FURTHEST = 0.7
 """The largest share of changed sites that is corrected for unseen changes: at 3/4 the correction is infinite."""
 
 
-
-
 @cache
 def pair_index(size: int) -> Tensor:
     """Columns i < j of the pairs of a forest of `size` trees, in the order of all arrays here: int64 `[2, pairs]`."""
@@ -146,7 +144,10 @@ def _describe(all_changes, all_comparable, all_distance, roots, n, features, gue
                 pair += 1
         for start in range(0, pairs, LANES):
             x, y = load(worse, start), load(changed, start)
-            sixteenth, quarter = power_of_two(multiply(x, broadcast(_TO_SIXTEENTH))), power_of_two(multiply(y, broadcast(_TO_QUARTER)))
+            sixteenth, quarter = (
+                power_of_two(multiply(x, broadcast(_TO_SIXTEENTH))),
+                power_of_two(multiply(y, broadcast(_TO_QUARTER))),
+            )
             store(flat, 0, _log_above(x))
             store(flat, 3 * LANES, sixteenth)
             store(flat, 2 * LANES, _fourth_power(sixteenth))

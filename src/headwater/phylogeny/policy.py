@@ -1,5 +1,6 @@
 """The policy over trees: at each step which two trees to merge and, where trees have branch lengths, how long the two
-new edges are, the second given the first. PhyloGFN (Zhou et al. 2024, arXiv 2310.08774), with a step's two lengths from continuous densities.
+new edges are, the second given the first. PhyloGFN (Zhou et al. 2024, arXiv 2310.08774), with a step's two lengths from
+continuous densities.
 
 All trajectories have n - 1 steps, so a batch goes in step: forest t of each has n - t trees. In learning, all forests
 of all steps are seen at once.
@@ -181,8 +182,8 @@ class TreePolicy(StatePolicy):
             forests = blocks.sizes[0][0]
             tokens = self.encoder(self._trees(nodes, roots[None], blocks, condition), blocks.sizes)
             features, guesses = describe(grown.apart, roots[:forests])
-            logits = self.score(tokens, features.flatten(0, 1), blocks.sizes).view(forests, -1).expand(count, -1)
-            chosen, log_prob = _choose(logits, exploration, generator)
+            (logits,) = blocks.of_pairs(self.score(tokens, features.flatten(0, 1), blocks.sizes))
+            chosen, log_prob = _choose(logits.expand(count, -1), exploration, generator)
             pair = pair_index(size)[:, chosen]
             left, right = roots.gather(1, pair.t()).unbind(1)
             merges[:, t, 0], merges[:, t, 1] = left, right
@@ -264,10 +265,9 @@ class TreePolicy(StatePolicy):
         """Embeddings of the leaves, then of the nodes that are none, features `[T, K, features]` a trajectory, then
         `spare` rows a trajectory: `[n + T (K + spare), width]`.
         """
-        count, made, size = features.shape
         leaves = self.embed(self.evidence.leaves) + self.is_leaf
-        internal = self.embed(features.reshape(-1, size))
-        return torch.cat([leaves, internal, leaves.new_empty(count * spare, leaves.shape[1])])
+        internal = self.embed(features.flatten(0, 1))
+        return torch.cat([leaves, internal, leaves.new_empty(len(features) * spare, leaves.shape[1])])
 
     def _trees(self, nodes: Tensor, roots: Tensor, blocks: Blocks, condition: Tensor) -> Tensor:
         """What the encoder takes, `[rows, width]`, for forests of nodes `roots` `[blocks, T, n]`."""
@@ -288,7 +288,7 @@ class TreePolicy(StatePolicy):
         blocks = Blocks(count, ((count, n - steps),))
         nodes = self._nodes(grown.features[:, :steps])
         hidden = self.encoder(self._trees(nodes, roots[None], blocks, condition.expand(count, -1)), blocks.sizes)
-        logits = self.score(hidden, describe(grown.apart, roots)[0].flatten(0, 1), blocks.sizes).view(count, -1)
+        (logits,) = blocks.of_pairs(self.score(hidden, describe(grown.apart, roots)[0].flatten(0, 1), blocks.sizes))
         i, j = pair_index(n - steps)
         a, b = smallest[:, i], smallest[:, j]
         out = torch.full((count, self.environment.n_actions), NEVER)
@@ -299,7 +299,11 @@ class TreePolicy(StatePolicy):
         return tables_of(trajectories.steps["merge"].view(shape), trajectories.steps["length"].view(shape))
 
     def _walked(
-        self, tables: Tensor, above: Tensor | None, condition: Tensor, log_reward: Tensor,
+        self,
+        tables: Tensor,
+        above: Tensor | None,
+        condition: Tensor,
+        log_reward: Tensor,
         generator: torch.Generator | None,
     ) -> Trajectories:
         generator = generator or torch.default_generator
@@ -308,9 +312,7 @@ class TreePolicy(StatePolicy):
         log_behaviour = self._uniform_backward(forests_on_the_way(merges)[2]).sum(1)
         return replace(self._trajectories(merges, lengths, condition, log_behaviour), log_reward=log_reward)
 
-    def _trajectories(
-        self, merges: Tensor, lengths: Tensor, condition: Tensor, log_behaviour: Tensor
-    ) -> Trajectories:
+    def _trajectories(self, merges: Tensor, lengths: Tensor, condition: Tensor, log_behaviour: Tensor) -> Trajectories:
         count = len(merges)
         tables, above = tables_of(merges, lengths)
         return Trajectories(

@@ -44,7 +44,9 @@ def attention(packed: Tensor, heads: int) -> Tensor:
     `[N, length, 3 * width]` -> `[N, length, width]`."""
     count, length, thirds = packed.shape
     if _fits(packed, heads, length):
-        return attention_in_blocks(packed.reshape(-1, thirds), heads, [(count, length)]).view(count, length, -1)
+        return attention_in_blocks(packed.reshape(-1, thirds), heads, [(count, length)]).view(
+            count, length, thirds // 3
+        )
     return plain_attention(packed, heads)
 
 
@@ -60,7 +62,7 @@ def attention_in_blocks(packed: Tensor, heads: int, blocks: Sequence[tuple[int, 
         return _Attention.apply(packed, heads, blocks)  # type: ignore[no-untyped-call]
     start, mixed = 0, []
     for count, length in blocks:
-        part = packed[start : start + count * length].view(count, length, -1)
+        part = packed[start : start + count * length].view(count, length, 3 * width)
         mixed.append(plain_attention(part, heads).flatten(0, 1))
         start += count * length
     return torch.cat([*mixed, packed.new_zeros(len(packed) - start, width)])

@@ -172,7 +172,7 @@ class TreePolicy(StatePolicy):
         here = torch.arange(count)
         grown = self.evidence.start(count)
         nodes = self._nodes(grown.features[:, :0], spare=n - 2)
-        internal = nodes[n:].view(count, n - 2, -1)
+        internal = nodes[n:].view(count, n - 2, nodes.shape[1])
         roots = torch.arange(n).repeat(count, 1)
         merges, lengths = torch.empty(count, n - 1, 2, dtype=torch.int32), torch.zeros(count, n - 1, 2)
         log_behaviour = torch.zeros(count)

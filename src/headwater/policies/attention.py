@@ -44,9 +44,8 @@ def attention(packed: Tensor, heads: int) -> Tensor:
     `[N, length, 3 * width]` -> `[N, length, width]`."""
     count, length, thirds = packed.shape
     if _fits(packed, heads, length):
-        return attention_in_blocks(packed.reshape(-1, thirds), heads, [(count, length)]).view(
-            count, length, thirds // 3
-        )
+        rows = attention_in_blocks(packed.reshape(-1, thirds), heads, [(count, length)])
+        return rows.view(count, length, thirds // 3)
     return plain_attention(packed, heads)
 
 

@@ -54,7 +54,7 @@ def random_tree_policy(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         policy = TreePolicy(evidence(kind, n), network, backward, condition_size)
-        torch.nn.init.normal_(policy.score.out)
+        torch.nn.init.normal_(policy.score.out, std=0.3)
     return policy
 
 

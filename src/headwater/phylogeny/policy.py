@@ -190,7 +190,7 @@ class TreePolicy(StatePolicy):
             log_behaviour += log_prob
             if self.density is not None:
                 guess = guesses[blocks.forest(0), pair, pair.flip(0)].t()
-                own, other = tokens.index_select(0, blocks.rows(pair).flatten()).view(2, count, -1)
+                own, other = tokens.index_select(0, blocks.rows(pair).flatten()).view(2, count, tokens.shape[1])
                 drawn, log_density = self._draw_lengths(own, other, guess, size == 2, generator)
                 lengths[:, t, : drawn.shape[1]] = drawn
                 log_behaviour += log_density
@@ -233,7 +233,7 @@ class TreePolicy(StatePolicy):
         """
         assert self.density is not None
         count, steps, _ = lengths.shape
-        own, other = hidden.index_select(0, chosen.flatten()).view(2, steps * count, -1)
+        own, other = hidden.index_select(0, chosen.flatten()).view(2, steps * count, hidden.shape[1])
         guess = guess.flatten(0, 1)
         both, last = own[-count:] + other[-count:], guess[-count:]
         output = self.last_length(both, both, last)

@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from headwater.native import kept_njit
+from headwater.policies.outer import fits, outer
 
 _FEWEST_ROWS = 24
 """Below, a product is too small for its library to matter."""
+_MANY_ROWS = 4096
+"""From there on, a transposed product has a kernel of its own."""
 _SHORT_ROW = 32
 """Softmax over rows of fewer entries than this is taken apart."""
 
@@ -95,6 +98,8 @@ def _multiply(x: Tensor, transposed: Tensor, bias: Tensor | None = None, then: s
 
 def _outer(x: Tensor, y: Tensor) -> Tensor:
     """The transpose of x `[rows, m]` times y `[rows, n]`; oneDNN is slow where the last dimension is the small one."""
+    if len(x) >= _MANY_ROWS and fits(x, y):
+        return outer(x, y)
     return _multiply(x.t(), y.t()) if x.shape[1] <= y.shape[1] else _multiply(y.t(), x.t()).t()
 
 

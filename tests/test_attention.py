@@ -8,7 +8,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from headwater.policies.attention import attention, plain_attention
+from headwater.policies.attention import attention, attention_in_blocks, plain_attention
 from headwater.policies.registers import LANES, load, power_of_two, store, turn
 from helpers import seeded
 
@@ -22,7 +22,9 @@ def values_and_gradient(function: object, packed: Tensor, heads: int) -> tuple[T
 
 
 def is_native(packed: Tensor, heads: int) -> bool:
-    return "Attention" in type(attention(packed.clone().requires_grad_(), heads).grad_fn).__name__
+    view = attention(packed.clone().requires_grad_(), heads).grad_fn
+    assert view is not None
+    return "Attention" in type(view.next_functions[0][0]).__name__
 
 
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 40, 64])
@@ -47,6 +49,22 @@ def test_a_slice_of_a_larger_tensor_and_an_expanded_gradient_are_read_as_they_ar
     (ours,) = torch.autograd.grad(attention(packed, 2).sum(), packed)
     (reference,) = torch.autograd.grad(plain_attention(packed.contiguous(), 2).sum(), packed)
     torch.testing.assert_close(ours, reference)
+
+
+@pytest.mark.parametrize("heads", [2, 3])
+def test_blocks_of_several_lengths_are_attended_to_each_by_itself(heads: int) -> None:
+    blocks, width = [(3, 20), (0, 7), (5, 2)], 32 if heads == 2 else 33
+    packed = torch.randn(3 * 20 + 5 * 2 + 6, 3 * width, generator=seeded(5), requires_grad=True)
+    together = attention_in_blocks(packed, heads, blocks)
+    first, second = packed[:60].view(3, 20, -1), packed[60:70].view(5, 2, -1)
+    parts = [plain_attention(part, heads).flatten(0, 1) for part in (first, second)]
+    expected = torch.cat([*parts, torch.zeros(6, width)])  # rows after the last block
+    torch.testing.assert_close(together, expected)
+    seen = torch.randn(expected.shape, generator=seeded(6))
+    ours, theirs = (torch.autograd.grad(out, packed, seen)[0] for out in (together, expected))
+    torch.testing.assert_close(ours, theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(attention_in_blocks(packed, heads, blocks), together)
 
 
 @pytest.mark.parametrize("size", [30.0, 1e4, 1e18])

@@ -17,6 +17,7 @@ from headwater.environments.slots import Slots
 from headwater.policies import EnvironmentPolicy, Exploration, Network
 from headwater.policies.layers import Linear, linear, perceptron, softmax
 from headwater.policies.native_network import native_network
+from headwater.policies.outer import fits, outer
 from headwater.trajectories import Trajectories
 from helpers import random_policy, seeded
 
@@ -142,3 +143,25 @@ def parts(network: Network) -> tuple[object, Linear]:
 def test_the_hash_of_a_row_does_not_depend_on_how_it_is_computed() -> None:
     rows = torch.randint(-5, 1000, (200, 7), generator=seeded(7))
     assert torch.equal(identity(rows.to(torch.int32)), identity(rows))
+
+
+@pytest.mark.parametrize(("rows", "m", "n"), [(0, 4, 64), (1, 8, 64), (300, 64, 192), (5000, 128, 64)])
+def test_transposed_products_are_those_of_plain_operations(rows: int, m: int, n: int) -> None:
+    x, y = torch.randn(m, rows, generator=seeded(0)).t(), torch.randn(rows, n, generator=seeded(1))
+    assert fits(x, y)
+    torch.testing.assert_close(outer(x, y).double(), x.double().t() @ y.double(), rtol=1e-4, atol=1e-3)
+    assert not fits(x[:, :3], y)
+    assert not fits(x, y[:, :63])
+
+
+@pytest.mark.parametrize("columns", [64, 60])
+def test_the_gradient_of_many_rows_is_that_of_plain_operations(columns: int) -> None:
+    x, weight = torch.randn(5000, 32, generator=seeded(0)), torch.randn(32, columns, generator=seeded(1))
+    bias, seen = torch.randn(columns, generator=seeded(2)), torch.randn(5000, columns, generator=seeded(3))
+    inputs = [one.requires_grad_() for one in (x, weight, bias)]
+    ours = torch.autograd.grad(linear(x, weight, bias), inputs, seen)
+    theirs = torch.autograd.grad(torch.addmm(bias, x, weight), inputs, seen)
+    for native, plain in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(native, plain, rtol=1e-4, atol=1e-2)
+    with torch.no_grad():
+        assert torch.equal(linear(x, weight, bias), linear(x.detach(), weight, bias))

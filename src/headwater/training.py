@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from headwater.conditions import Conditions
 from headwater.events import Events
+from headwater.native import keep_freed_memory
 from headwater.objectives import Objective
 from headwater.policies.base import Policy
 from headwater.replay import ReplaySettings
@@ -109,6 +110,7 @@ class Trainer:
         search: SearchSettings | None = None,
         explorer: Callable[[Policy], Explorer] | None = None,
     ) -> None:
+        keep_freed_memory()
         self.policy, self.objective, self.training = policy, objective, training
         self.exploration = exploration or ExplorationSettings()
         self.run_folder, self.evaluate = run, evaluate

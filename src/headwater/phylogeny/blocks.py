@@ -50,12 +50,10 @@ class Blocks:
 
     def of_trees(self, values: Tensor) -> list[Tensor]:
         """`[rows]` -> `[M, k]` a block."""
-        return [
-            part.view(size)
-            for part, size in zip(torch.split(values[: sum(self.trees)], self.trees), self.sizes, strict=True)
-        ]
+        parts = torch.split(values[: sum(self.trees)], self.trees)
+        return [part.view(size) for part, size in zip(parts, self.sizes, strict=True)]
 
     def of_pairs(self, values: Tensor) -> list[Tensor]:
         """`[all pairs]` -> `[M, pairs]` a block."""
         parts = torch.split(values, self.pairs)
-        return [part.view(forests, -1) for part, (forests, _) in zip(parts, self.sizes, strict=True)]
+        return [part.view(m, k * (k - 1) // 2) for part, (m, k) in zip(parts, self.sizes, strict=True)]

@@ -9,9 +9,12 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from headwater.native import kept_njit
 
 _LOG_2PI = math.log(2 * math.pi)
 _FURTHEST, _STRETCH = 4.0, 2.0  # how far a component can move from the guess, and widen or narrow, in log length
@@ -25,8 +28,8 @@ class LengthDensity(Protocol):
         """Numbers that a network gives for each."""
         ...
 
-    def sample(self, output: Tensor, guess: Tensor, generator: torch.Generator) -> Tensor:
-        """One length for each row of output `[N, outputs]` and guess `[N]`: `[N]`."""
+    def draw(self, output: Tensor, guess: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """One length for each row of output `[N, outputs]` and guess `[N]`, and its log-density: `[N]` each."""
         ...
 
     def log_prob(self, output: Tensor, guess: Tensor, lengths: Tensor) -> Tensor:
@@ -49,12 +52,13 @@ class MixtureLengths:
     def outputs(self) -> int:
         return 3 * self.components
 
-    def sample(self, output: Tensor, guess: Tensor, generator: torch.Generator) -> Tensor:
-        log_weight, mean, log_width = self._parts(output, guess)
-        uniform = torch.rand(len(output), 1, generator=generator, device=output.device)
-        chosen = (log_weight.exp().cumsum(1) < uniform).sum(1, keepdim=True).clamp(max=self.components - 1)
-        normal = torch.randn(len(output), 1, generator=generator, device=output.device)
-        return (mean.gather(1, chosen) + log_width.gather(1, chosen).exp() * normal)[:, 0].exp().clamp(min=1e-30)
+    def draw(self, output: Tensor, guess: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        uniform = torch.rand(len(output), generator=generator)
+        normal = torch.randn(len(output), generator=generator)
+        lengths, log_density = torch.empty(2, len(output))
+        inputs = (x.numpy() for x in (output.float(), guess, self.offsets, uniform, normal))
+        _draw(*inputs, self.sites, lengths.numpy(), log_density.numpy())
+        return lengths, log_density
 
     def log_prob(self, output: Tensor, guess: Tensor, lengths: Tensor) -> Tensor:
         log_weight, mean, log_width = self._parts(output, guess)
@@ -87,18 +91,54 @@ class BinnedLengths:
     def outputs(self) -> int:
         return self.bins
 
-    def sample(self, output: Tensor, guess: Tensor, generator: torch.Generator) -> Tensor:
+    def draw(self, output: Tensor, guess: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         uniform = torch.rand(len(output), 2, generator=generator, device=output.device)
         cumulative = self._log_weights(output, guess).exp().cumsum(1)
         chosen = (cumulative < uniform[:, :1]).sum(1).clamp(max=self.bins - 1)
         low, high = self.edges[chosen], self.edges[chosen + 1]
-        return (low + (high - low) * uniform[:, 1]).clamp(min=1e-30)
+        lengths = (low + (high - low) * uniform[:, 1]).clamp(min=1e-30)
+        return lengths, self.log_prob(output, guess, lengths)
 
     def log_prob(self, output: Tensor, guess: Tensor, lengths: Tensor) -> Tensor:
-        inside = torch.bucketize(lengths, self.edges[1:-1], right=True)
+        inside = torch.bucketize(lengths.contiguous(), self.edges[1:-1], right=True)
         chosen = self._log_weights(output, guess).gather(1, inside[:, None])[:, 0]
         return torch.where(lengths < self.LONGEST, chosen - self.log_sizes[inside], -torch.inf)
 
     def _log_weights(self, output: Tensor, guess: Tensor) -> Tensor:
         start = -0.5 * (self.middles - guess.log()[:, None]).square()
         return functional.log_softmax(output.float() + start, dim=1)
+
+
+@kept_njit()
+def _draw(output, guess, offsets, uniform, normal, sites, lengths, log_density):  # type: ignore[no-untyped-def]
+    """`MixtureLengths.log_prob` and what its docstring says, a row at a time."""
+    components = len(offsets)
+    log_weight, mean, log_width = np.empty(components), np.empty(components), np.empty(components)
+    for i in range(len(guess)):
+        log_known, log_guess, highest = -0.5 * math.log(guess[i] * sites + 1), math.log(guess[i]), -math.inf
+        for k in range(components):
+            log_weight[k] = output[i, k]
+            highest = max(highest, log_weight[k])
+            shift, stretch = output[i, components + k], output[i, 2 * components + k]
+            mean[k] = log_guess + math.exp(log_known) * offsets[k] + _FURTHEST * math.tanh(shift / _FURTHEST)
+            log_width[k] = log_known + _STRETCH * math.tanh(stretch / _STRETCH)
+        total = 0.0
+        for k in range(components):
+            total += math.exp(log_weight[k] - highest)
+        chosen, cumulative = components - 1, 0.0
+        for k in range(components - 1, -1, -1):
+            log_weight[k] -= highest + math.log(total)
+        for k in range(components):
+            cumulative += math.exp(log_weight[k])
+            if uniform[i] <= cumulative:
+                chosen = k
+                break
+        lengths[i] = max(math.exp(mean[chosen] + math.exp(log_width[chosen]) * normal[i]), 1e-30)
+        log_length, highest, total = math.log(lengths[i]), -math.inf, 0.0
+        for k in range(components):
+            away = (log_length - mean[k]) * math.exp(-log_width[k])
+            log_weight[k] += -0.5 * away * away - log_width[k] - 0.5 * _LOG_2PI
+            highest = max(highest, log_weight[k])
+        for k in range(components):
+            total += math.exp(log_weight[k] - highest)
+        log_density[i] = highest + math.log(total) - log_length

@@ -6,6 +6,7 @@ term a tree, so that nothing of the network's width is built for every pair.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -13,6 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from headwater.native import kept_njit
 from headwater.phylogeny.lengths import BinnedLengths, LengthDensity, MixtureLengths
 from headwater.phylogeny.pair_score import pair_scores
 from headwater.phylogeny.pairs import PAIR_FEATURES
@@ -119,9 +121,20 @@ class LengthHead(nn.Module):
         """own, other: `[N, width]`, the tree under the edge and the one that it merges with. guesses: `[N, 2]`, of the
         lengths above each. other_length: `[N]`, the length above the other where that is drawn -> `[N, outputs]`.
         """
-        logs = torch.cat([guesses, guesses.sum(1, keepdim=True)], 1).log()
-        known = torch.zeros(len(own), 2)
-        if other_length is not None:
-            known = torch.stack([other_length.log() - logs[:, 1], torch.ones(len(own))], 1)
-        x = torch.cat([own, other, (logs + 4.0) / 2.0, known], dim=1)
+        known = torch.empty(own.shape[0], 5)
+        drawn = guesses[:, 0] if other_length is None else other_length
+        _know(guesses.numpy(), drawn.numpy(), other_length is not None, known.numpy())
+        x = torch.cat([own, other, known], dim=1)
         return self.down(linear(x, self.up.weight, self.up.bias, relu=True))
+
+
+@kept_njit()
+def _know(guesses, other_length, is_drawn, known):  # type: ignore[no-untyped-def]
+    """Guesses at the lengths and their sum, by their logarithms; the other length's over its guess, where drawn."""
+    for i in range(len(guesses)):
+        a, b = guesses[i]
+        known[i, 0], known[i, 1], known[i, 2] = math.log(a), math.log(b), math.log(a + b)
+        for k in range(3):
+            known[i, k] = 0.5 * known[i, k] + 2.0
+        known[i, 3] = math.log(other_length[i] / b) if is_drawn else 0.0
+        known[i, 4] = 1.0 if is_drawn else 0.0

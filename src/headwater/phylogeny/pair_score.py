@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from headwater.native import kept_njit
-from headwater.phylogeny.pairs import PAIR_FEATURES
+from headwater.phylogeny.pairs import PAIR_FEATURES, pair_index
 from headwater.policies.registers import (
     LANES,
     add,
@@ -37,6 +38,8 @@ def pair_scores(
     """
     tensors = trees, features, of_pair, out
     if all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors) and len(out) % LANES == 0:
+        if not torch.is_grad_enabled():
+            return _scores([tensor.detach().contiguous() for tensor in tensors], np.array(blocks))
         return _PairScores.apply(*tensors, np.array(blocks))  # type: ignore[no-untyped-call]
     return plain_pair_scores(*tensors, blocks)
 
@@ -45,27 +48,30 @@ def plain_pair_scores(
     trees: Tensor, features: Tensor, of_pair: Tensor, out: Tensor, blocks: Sequence[tuple[int, int]]
 ) -> Tensor:
     """The same in PyTorch's operations."""
-    sizes = [count * size for count, size in blocks]
-    parts = torch.split(trees[: sum(sizes)], sizes)
-    known = torch.split(features, [count * size * (size - 1) // 2 for count, size in blocks])
-    logits = []
-    for part, of_pairs, (count, size) in zip(parts, known, blocks, strict=True):
-        i, j = torch.triu_indices(size, size, 1)
-        forests = part.view(count, size, -1)
-        pairs = (forests[:, i] + forests[:, j]).flatten(0, 1)
-        logits.append((pairs + of_pairs @ of_pair).relu() @ out)
-    return torch.cat(logits)
+    hidden, row = [], 0
+    for count, size in blocks:
+        i, j = pair_index(size)
+        forests = trees[row : row + count * size].view(count, size, -1)
+        hidden.append((forests[:, i] + forests[:, j]).flatten(0, 1))
+        row += count * size
+    return (torch.cat(hidden) + features @ of_pair).relu() @ out
+
+
+def _scores(tensors: list[Tensor], blocks: NDArray[np.int64]) -> Tensor:
+    logits = torch.empty(len(tensors[1]))
+    _forward(*(tensor.numpy() for tensor in tensors), blocks, logits.numpy())
+    return logits
 
 
 class _PairScores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, trees: Tensor, features: Tensor, of_pair: Tensor, out: Tensor, blocks: np.ndarray) -> Tensor:
+    def forward(
+        ctx: Any, trees: Tensor, features: Tensor, of_pair: Tensor, out: Tensor, blocks: NDArray[np.int64]
+    ) -> Tensor:
         tensors = [tensor.detach().contiguous() for tensor in (trees, features, of_pair, out)]
         ctx.save_for_backward(*tensors)
         ctx.blocks = blocks
-        logits = trees.new_empty(len(features))
-        _forward(*(tensor.numpy() for tensor in tensors), blocks, logits.numpy())
-        return logits
+        return _scores(tensors, blocks)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

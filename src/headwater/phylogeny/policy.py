@@ -203,7 +203,7 @@ class TreePolicy(StatePolicy):
         parameters = None if self.parameter_density is None else self.parameter_density.sample(count, generator)
         grown, context = self.evidence.start(count, parameters), self._context(condition, parameters)
         nodes = self._nodes(grown.features[:, :0], spare=n - 2)
-        internal = nodes[n:].view(count, n - 2, -1)
+        internal = nodes[n:].view(count, n - 2, nodes.shape[1])
         roots = torch.arange(n).repeat(count, 1)
         merges, lengths = torch.empty(count, n - 1, 2, dtype=torch.int32), torch.zeros(count, n - 1, 2)
         log_behaviour = torch.zeros(count)
@@ -215,15 +215,15 @@ class TreePolicy(StatePolicy):
             forests = blocks.sizes[0][0]
             tokens = self.encoder(self._trees(nodes, roots[None], blocks, context), blocks.sizes)
             features, guesses = describe(grown.apart, roots[:forests])
-            logits = self.score(tokens, features.flatten(0, 1), blocks.sizes).view(forests, -1).expand(count, -1)
-            chosen, log_prob = _choose(logits, exploration, generator)
+            (logits,) = blocks.of_pairs(self.score(tokens, features.flatten(0, 1), blocks.sizes))
+            chosen, log_prob = _choose(logits.expand(count, -1), exploration, generator)
             pair = pair_index(size)[:, chosen]
             left, right = roots.gather(1, pair.t()).unbind(1)
             merges[:, t, 0], merges[:, t, 1] = left, right
             log_behaviour += log_prob
             if self.density is not None:
                 guess = guesses[blocks.forest(0), pair, pair.flip(0)].t()
-                own, other = tokens.index_select(0, blocks.rows(pair).flatten()).view(2, count, -1)
+                own, other = tokens.index_select(0, blocks.rows(pair).flatten()).view(2, count, tokens.shape[1])
                 drawn, log_density = self._draw_lengths(own, other, guess, size == 2, generator)
                 lengths[:, t, : drawn.shape[1]] = drawn
                 log_behaviour += log_density
@@ -242,15 +242,12 @@ class TreePolicy(StatePolicy):
         assert self.density is not None
         if is_last:
             both = own + other
-            output = self.last_length(both, both, guess)
-            drawn = self.density.sample(output, guess[:, 0], generator)[:, None]
-            return drawn, self.density.log_prob(output, guess[:, 0], drawn[:, 0])
-        output = self.lengths(own, other, guess)
-        left = self.density.sample(output, guess[:, 0], generator)
-        log_density = self.density.log_prob(output, guess[:, 0], left)
+            drawn, log_density = self.density.draw(self.last_length(both, both, guess), guess[:, 0], generator)
+            return drawn[:, None], log_density
+        left, log_left = self.density.draw(self.lengths(own, other, guess), guess[:, 0], generator)
         output = self.lengths(other, own, guess.flip(1), left)
-        right = self.density.sample(output, guess[:, 1], generator)
-        return torch.stack([left, right], 1), log_density + self.density.log_prob(output, guess[:, 1], right)
+        right, log_right = self.density.draw(output, guess[:, 1], generator)
+        return torch.stack([left, right], 1), log_left + log_right
 
     # Learning
 
@@ -269,7 +266,7 @@ class TreePolicy(StatePolicy):
         """
         assert self.density is not None
         count, steps, _ = lengths.shape
-        own, other = hidden.index_select(0, chosen.flatten()).view(2, steps * count, -1)
+        own, other = hidden.index_select(0, chosen.flatten()).view(2, steps * count, hidden.shape[1])
         guess = guess.flatten(0, 1)
         both, last = own[-count:] + other[-count:], guess[-count:]
         output = self.last_length(both, both, last)
@@ -310,10 +307,9 @@ class TreePolicy(StatePolicy):
         """Embeddings of the leaves, then of the nodes that are none, features `[T, K, features]` a trajectory, then
         `spare` rows a trajectory: `[n + T (K + spare), width]`.
         """
-        count, _, size = features.shape
         leaves = self.embed(self.evidence.leaves) + self.is_leaf
-        internal = self.embed(features.reshape(-1, size))
-        return torch.cat([leaves, internal, leaves.new_empty(count * spare, leaves.shape[1])])
+        internal = self.embed(features.flatten(0, 1))
+        return torch.cat([leaves, internal, leaves.new_empty(len(features) * spare, leaves.shape[1])])
 
     def _trees(self, nodes: Tensor, roots: Tensor, blocks: Blocks, context: Tensor | None) -> Tensor:
         """What the encoder takes, `[rows, width]`, for forests of nodes `roots` `[blocks, T, n]`."""
@@ -336,7 +332,7 @@ class TreePolicy(StatePolicy):
         nodes = self._nodes(grown.features[:, :steps])
         context = self._context(condition.expand(count, -1), None)
         hidden = self.encoder(self._trees(nodes, roots[None], blocks, context), blocks.sizes)
-        logits = self.score(hidden, describe(grown.apart, roots)[0].flatten(0, 1), blocks.sizes).view(count, -1)
+        (logits,) = blocks.of_pairs(self.score(hidden, describe(grown.apart, roots)[0].flatten(0, 1), blocks.sizes))
         i, j = pair_index(n - steps)
         a, b = smallest[:, i], smallest[:, j]
         out = torch.full((count, self.environment.n_actions), NEVER)

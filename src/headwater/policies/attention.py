@@ -44,8 +44,8 @@ def attention(packed: Tensor, heads: int) -> Tensor:
     `[N, length, 3 * width]` -> `[N, length, width]`."""
     count, length, thirds = packed.shape
     if _fits(packed, heads, length):
-        out = _Attention.apply(packed.reshape(-1, thirds), heads, ((count, length),))  # type: ignore[no-untyped-call]
-        return out.view(count, length, -1)
+        rows = attention_in_blocks(packed.reshape(-1, thirds), heads, [(count, length)])
+        return rows.view(count, length, thirds // 3)
     return plain_attention(packed, heads)
 
 
@@ -56,10 +56,12 @@ def attention_in_blocks(packed: Tensor, heads: int, blocks: Sequence[tuple[int, 
     """
     width = packed.shape[1] // 3
     if _fits(packed, heads, max(length for _, length in blocks)):
-        return _Attention.apply(packed, heads, tuple(blocks))  # type: ignore[no-untyped-call]
+        if not torch.is_grad_enabled():
+            return _forward(packed.detach().contiguous(), heads, blocks)
+        return _Attention.apply(packed, heads, blocks)  # type: ignore[no-untyped-call]
     start, mixed = 0, []
     for count, length in blocks:
-        part = packed[start : start + count * length].view(count, length, -1)
+        part = packed[start : start + count * length].view(count, length, 3 * width)
         mixed.append(plain_attention(part, heads).flatten(0, 1))
         start += count * length
     return torch.cat([*mixed, packed.new_zeros(len(packed) - start, width)])
@@ -80,22 +82,26 @@ def _fits(packed: Tensor, heads: int, longest: int) -> bool:
     return fits and packed.device.type == "cpu" and packed.dtype == torch.float32
 
 
+def _forward(packed: Tensor, heads: int, blocks: Sequence[tuple[int, int]]) -> Tensor:
+    width = packed.shape[1] // 3
+    out = packed.new_empty(len(packed), width)
+    forward, _ = _compiled(width // heads)
+    start = 0
+    for count, length in blocks:
+        part = slice(start, start + count * length)
+        forward(_numbers(packed[part]), _numbers(out[part]), count, length, heads, _room(length, width, 2, 1))
+        start = part.stop
+    out[start:] = 0.0
+    return out
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, packed: Tensor, heads: int, blocks: tuple[tuple[int, int], ...]) -> Tensor:
+    def forward(ctx: Any, packed: Tensor, heads: int, blocks: Sequence[tuple[int, int]]) -> Tensor:
         packed = packed.detach().contiguous()
         ctx.save_for_backward(packed)
         ctx.heads, ctx.blocks = heads, blocks
-        width = packed.shape[1] // 3
-        out = packed.new_empty(len(packed), width)
-        forward, _ = _compiled(width // heads)
-        start = 0
-        for count, length in blocks:
-            part = slice(start, start + count * length)
-            forward(_numbers(packed[part]), _numbers(out[part]), count, length, heads, _room(length, width, 2, 1))
-            start = part.stop
-        out[start:] = 0.0
-        return out
+        return _forward(packed, heads, blocks)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:

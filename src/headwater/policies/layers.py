@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from headwater.native import kept_njit
+from headwater.policies.outer import fits, outer
 
 _FEWEST_ROWS = 24
 """Below, a product is too small for its library to matter."""
-_ROWS_AT_ONCE = 2048
+_MANY_ROWS = 4096
+"""From there on, a transposed product has a kernel of its own."""
 _SHORT_ROW = 32
 """Softmax over rows of fewer entries than this is taken apart."""
 
@@ -44,6 +46,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = False) -> Tenso
     if x.numel() < _FEWEST_ROWS * x.shape[-1] or not _is_on_cpu(x, weight) or not _has_onednn():
         y = torch.addmm(bias, x, weight) if x.ndim == 2 else x @ weight + bias
         return y.relu() if relu else y
+    if not torch.is_grad_enabled():
+        return _linear(x, weight, bias, relu)[2]
     return _OneDnnLinear.apply(x, weight, bias, relu)  # type: ignore[no-untyped-call]
 
 
@@ -93,12 +97,9 @@ def _multiply(x: Tensor, transposed: Tensor, bias: Tensor | None = None, then: s
 
 
 def _outer(x: Tensor, y: Tensor) -> Tensor:
-    """The transpose of x `[rows, m]` times y `[rows, n]`; oneDNN is slow where the last dimension is the small one, and
-    where what it has to transpose leaves the processor's cache.
-    """
-    if len(x) > 2 * _ROWS_AT_ONCE:
-        parts = zip(x.split(_ROWS_AT_ONCE), y.split(_ROWS_AT_ONCE), strict=True)  # type: ignore[no-untyped-call]
-        return torch.stack([_outer(*part) for part in parts]).sum(0)
+    """The transpose of x `[rows, m]` times y `[rows, n]`; oneDNN is slow where the last dimension is the small one."""
+    if len(x) >= _MANY_ROWS and fits(x, y):
+        return outer(x, y)
     return _multiply(x.t(), y.t()) if x.shape[1] <= y.shape[1] else _multiply(y.t(), x.t()).t()
 
 
@@ -122,18 +123,27 @@ def rounded(count: int) -> int:
 
 def _with_spare_rows(x: Tensor) -> Tensor:
     """x `[N, ...]` with rows of zeros after it, up to the rounded number."""
-    spare = rounded(len(x)) - len(x)
+    spare = rounded(x.shape[0]) - x.shape[0]
     return torch.cat([x, x.new_zeros(spare, x.shape[1])]) if spare else x
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """x and the result as `[rows, ...]` with spare ones, and the result."""
+    shape = x.shape
+    x = _with_spare_rows(x.reshape(-1, shape[-1]))
+    y = _multiply(x, weight.t(), bias, "relu" if relu else "none")
+    if y.shape[0] == shape[0] and len(shape) == 2:
+        return x, y, y
+    return x, y, y[: shape.numel() // shape[-1]].view(*shape[:-1], -1)
 
 
 class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
         ctx.shape = x.shape
-        x = _with_spare_rows(x.reshape(-1, x.shape[-1]))
-        y = _multiply(x, weight.t(), bias, "relu" if relu else "none")
+        x, y, result = _linear(x, weight, bias, relu)
         ctx.save_for_backward(x, weight, *([y] if relu else []))
-        return y[: ctx.shape.numel() // ctx.shape[-1]].view(*ctx.shape[:-1], -1)
+        return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

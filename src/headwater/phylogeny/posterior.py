@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +66,28 @@ def tables_from(trees: Trees) -> tuple[Tensor, Tensor | None]:
     lengths = None if trees.lengths is None else torch.from_numpy(trees.lengths).float()
     tables, above = tables_of(torch.from_numpy(np.ascontiguousarray(trees.merges)), lengths)
     return tables, None if lengths is None else above
+
+
+def annotated(newick: Sequence[str], names: Sequence[str], values: Floats) -> list[str]:
+    """Trees with named numbers `[T, names]` in a comment before each, [&kappa=4.1,...], as BEAST writes them."""
+    return [
+        "[&" + ",".join(f"{name}={value:.9g}" for name, value in zip(names, row, strict=True)) + "]" + tree
+        for tree, row in zip(newick, values.tolist(), strict=True)
+    ]
+
+
+def numbers_before(trees: Sequence[str], names: Sequence[str]) -> Floats:
+    """The numbers of these names in the comments before trees: float64 `[T, names]`. Raises ValueError naming a tree
+    that lacks one.
+    """
+    found = np.empty((len(trees), len(names)))
+    for row, tree in enumerate(trees if names else []):
+        comment = tree[2 : tree.index("]")] if tree.startswith("[&") and "]" in tree else ""
+        given = dict(pair.split("=", 1) for pair in comment.split(",") if "=" in pair)
+        if missing := [name for name in names if name not in given]:
+            raise ValueError(f"tree {row + 1}, {tree[:80]}: no {', '.join(missing)} in a comment before it")
+        found[row] = [float(given[name]) for name in names]
+    return found
 
 
 def write_summaries(folder: Path, found: WeightedTrees, score: Floats, score_name: str) -> list[Path]:

@@ -69,23 +69,23 @@ def tables_from(trees: Trees) -> tuple[Tensor, Tensor | None]:
 
 
 def annotated(newick: Sequence[str], names: Sequence[str], values: Floats) -> list[str]:
-    """Trees with named numbers `[T, names]` in a comment before each, [&kappa=4.1,...], as BEAST writes them."""
+    """Trees with named numbers `[T, names]` in a comment at the root of each: [&kappa=4.1,...], as in BEAST."""
     return [
-        "[&" + ",".join(f"{name}={value:.9g}" for name, value in zip(names, row, strict=True)) + "]" + tree
+        tree[:-1] + "[&" + ",".join(f"{name}={value:.7g}" for name, value in zip(names, row, strict=True)) + "];"
         for tree, row in zip(newick, values.tolist(), strict=True)
     ]
 
 
-def numbers_before(trees: Sequence[str], names: Sequence[str]) -> Floats:
-    """The numbers of these names in the comments before trees: float64 `[T, names]`. Raises ValueError naming a tree
+def numbers_at_root(trees: Sequence[str], names: Sequence[str]) -> Floats:
+    """The numbers of these names in the comments at trees' roots: float64 `[T, names]`. Raises ValueError naming a tree
     that lacks one.
     """
     found = np.empty((len(trees), len(names)))
     for row, tree in enumerate(trees if names else []):
-        comment = tree[2 : tree.index("]")] if tree.startswith("[&") and "]" in tree else ""
+        comment = tree.rpartition("[&")[2].partition("]")[0]
         given = dict(pair.split("=", 1) for pair in comment.split(",") if "=" in pair)
         if missing := [name for name in names if name not in given]:
-            raise ValueError(f"tree {row + 1}, {tree[:80]}: no {', '.join(missing)} in a comment before it")
+            raise ValueError(f"tree {row + 1}, {tree[:80]}: no {', '.join(missing)} in a comment at the root")
         found[row] = [float(given[name]) for name in names]
     return found
 

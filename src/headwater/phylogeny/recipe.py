@@ -30,7 +30,7 @@ from headwater.phylogeny.policy import TreeBackward, TreePolicy
 from headwater.phylogeny.posterior import (
     WeightedTrees,
     annotated,
-    numbers_before,
+    numbers_at_root,
     tables_from,
     trees_of,
     write_summaries,
@@ -217,7 +217,7 @@ class PhylogenyRecipe(Recipe):
     # Its objects
 
     def text(self, objects: Objects) -> list[str]:
-        """Newick, unrooted, equal trees as equal text; before it sampled model parameters, [&kappa=4.1,...]."""
+        """Newick, unrooted, equal trees as equal text; at its root sampled model parameters, [&kappa=4.1,...]."""
         values = torch.as_tensor(objects)
         newick = self._trees(values).newick()
         if not self.parameters:
@@ -231,7 +231,7 @@ class PhylogenyRecipe(Recipe):
     def columns(self, objects: Sequence[str]) -> dict[str, list[object]]:
         """Changes; or log-likelihood, the sum of all branch lengths, and sampled model parameters."""
         values = self._objects(self._parsed(objects))
-        numbers = numbers_before(objects, self.parameters)
+        numbers = numbers_at_root(objects, self.parameters)
         if self.parameters:
             values = torch.cat([values, self._coordinates(numbers)], 1)
         if isinstance(self.base_reward, ParsimonyReward):

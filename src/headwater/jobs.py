@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from headwater import evaluation
 from headwater.objects import EVALUATION, SAMPLE, ObjectTable
@@ -194,9 +196,16 @@ def _sample_figures(recipe: Recipe, samples: Samples) -> dict[str, object]:
         "distinct_samples": len(set(samples.objects)),
         "mean_log_reward": float(samples.log_reward.mean()),
         "top_100_mean_log_reward": float(samples.log_reward[top].mean()),
-        "top_100_mean_reward": float(np.exp(samples.log_reward[top]).mean()),
+        **_mean_reward("top_100_mean_reward", samples.log_reward[top]),
         "top_100_diversity": evaluation.diversity(top_objects, recipe.distance),
     }
+
+
+def _mean_reward(name: str, log_reward: NDArray[np.float64]) -> dict[str, object]:
+    """Nothing where a float cannot hold it, as of likelihoods: the mean log-reward says it."""
+    with np.errstate(over="ignore"):
+        mean = float(np.exp(log_reward).mean())
+    return {name: mean} if 0 < mean < math.inf else {}
 
 
 def _random_search(sampler: Sampler, calls: int, generator: torch.Generator) -> dict[str, object]:
@@ -217,7 +226,7 @@ def _random_search(sampler: Sampler, calls: int, generator: torch.Generator) -> 
     return {
         "baseline_calls": len(found),
         "baseline_top_100_mean_log_reward": float(best.mean()),
-        "baseline_top_100_mean_reward": float(np.exp(best).mean()),
+        **_mean_reward("baseline_top_100_mean_reward", best),
         "baseline_log_reward": scores[:1000].tolist(),
     }
 

@@ -192,7 +192,6 @@ class Trainer:
             "loss": loss.item(),
             "log_z": self.objective.log_z(log_probs, batch).mean().item(),
             "mean_log_reward": fresh.log_reward.mean().item(),
-            "mean_reward": fresh.log_reward.exp().mean().item(),
             "mean_length": fresh.lengths.float().mean().item(),
             "gradient_norm": gradient_norm,
             "epsilon": exploration.epsilon,
@@ -385,7 +384,7 @@ class _Log:
         self.bar.update()
 
     def write(self, metrics: Metrics) -> None:
-        shown = {"loss": "loss", "log_z": "log Z", "mean_reward": "reward", "trajectories_per_second": "traj/s"}
+        shown = {"loss": "loss", "log_z": "log Z", "mean_log_reward": "log R", "trajectories_per_second": "traj/s"}
         self.bar.set_postfix_str(", ".join(f"{label} {metrics[k]:.4g}" for k, label in shown.items() if k in metrics))
         if self.run is not None and self.events is not None:
             self.run.append_metrics(metrics)

@@ -122,8 +122,8 @@ class ParsimonyEvidence(Evidence):
         super().__init__(masks, weights, planes)
         self.seen = fitch.pack(masks, np.ones_like(weights), planes)  # each pattern once
         self.planes = planes
-        self.features = 64 * self.seen.leaves.shape[1] * self.seen.leaves.shape[2]
-        self.leaves = _bits(self.seen.leaves)
+        self.features = planes * self.seen.count
+        self.leaves = _bits(self.seen.leaves, self.seen.count)
 
     def start(self, count: int, parameters: Tensor | None = None) -> Grown:
         return _SetsGrown(self, count)
@@ -133,17 +133,20 @@ class _SetsGrown(Grown):
     def __init__(self, evidence: ParsimonyEvidence, count: int) -> None:
         super().__init__(evidence, count)
         self.seen = np.empty((count, evidence.n - 1, *evidence.seen.leaves.shape[1:]), np.uint64)
-        self.leaves = evidence.seen.leaves
+        self.leaves, _, self.count = evidence.seen
 
     def _describe(self, step: int, left: NDArray[np.int32], right: NDArray[np.int32], lengths: Tensor) -> None:
         fitch.join(self.leaves, self.seen, left, right, step)
-        self.features[:, step] = _bits(np.ascontiguousarray(self.seen[:, step]))
+        self.features[:, step] = _bits(np.ascontiguousarray(self.seen[:, step]), self.count)
 
 
-def _bits(sets: NDArray[np.uint64]) -> Tensor:
-    """`[T, planes, W]` words -> `[T, planes * W * 64]` features, -0.3 or 0.7 times the scale."""
-    bits = np.unpackbits(sets.reshape(len(sets), -1).view(np.uint8), axis=1, bitorder="little")
-    return (torch.from_numpy(bits).float() - 0.3) * _SCALE
+def _bits(sets: NDArray[np.uint64], count: int) -> Tensor:
+    """The first `count` bits of `[T, planes, W]` words -> `[T, planes * count]` features, -0.3 or 0.7 times the scale.
+
+    Not those after the last site: thousands of inputs that never differ would throw an optimiser about.
+    """
+    bits = np.unpackbits(sets.view(np.uint8), axis=2, count=count, bitorder="little")
+    return (torch.from_numpy(bits).view(len(sets), -1).float() - 0.3) * _SCALE
 
 
 class LikelihoodEvidence(Evidence):

@@ -51,15 +51,29 @@ class FreeParameters:
 
     def coordinates(self, **values: ArrayLike) -> Tensor:
         """Of given parameters: float32 `[p]`."""
+        given = [np.atleast_1d(np.asarray(values[name], dtype=np.float64)) for name, _ in self.blocks]
+        return self.coordinates_of(torch.from_numpy(np.concatenate([*given, np.empty(0)])[None]))[0]
+
+    def coordinates_of(self, numbers: Tensor) -> Tensor:
+        """The inverse of `numbers`: float32 `[T, p]`."""
         parts = []
-        for name, size in self.blocks:
-            value = np.atleast_1d(np.asarray(values[name], dtype=np.float64)).clip(1e-6)
+        for (name, size), value in zip(self.blocks, torch.split(numbers.double(), self._widths, dim=1), strict=True):
+            value = value.clamp(min=1e-6)
             if size > 1:
-                value = value[:-1] / value[-1]
+                value = value[:, :-1] / value[:, -1:]
             elif name == "invariant":
-                value = value / (1 - value.clip(max=1 - 1e-6))
-            parts.append(np.log(value))
-        return torch.tensor(np.concatenate(parts) if parts else [], dtype=torch.float32)
+                value = value / (1 - value.clamp(max=1 - 1e-6))
+            parts.append(value.log())
+        return torch.cat([*parts, numbers.new_empty(len(numbers), 0)], 1).float()
+
+    def numbers(self, coordinates: Tensor) -> Tensor:
+        """What a person reads, in the order of `names`, at coordinates `[T, p]`: float64 `[T, len(names)]`."""
+        return torch.cat([value.view(len(coordinates), -1) for value in self.values(coordinates).values()], 1)
+
+    @property
+    def _widths(self) -> list[int]:
+        """How many of the `names` each parameter has."""
+        return [size + (size > 1) for _, size in self.blocks]
 
     def values(self, coordinates: Tensor) -> dict[str, Tensor]:
         """The parameters at coordinates `[T, p]`, float64: `[T]`, simplices `[T, states]`."""

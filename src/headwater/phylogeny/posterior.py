@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +66,28 @@ def tables_from(trees: Trees) -> tuple[Tensor, Tensor | None]:
     lengths = None if trees.lengths is None else torch.from_numpy(trees.lengths).float()
     tables, above = tables_of(torch.from_numpy(np.ascontiguousarray(trees.merges)), lengths)
     return tables, None if lengths is None else above
+
+
+def annotated(newick: Sequence[str], names: Sequence[str], values: Floats) -> list[str]:
+    """Trees with named numbers `[T, names]` in a comment at the root of each: [&kappa=4.1,...], as in BEAST."""
+    return [
+        tree[:-1] + "[&" + ",".join(f"{name}={value:.7g}" for name, value in zip(names, row, strict=True)) + "];"
+        for tree, row in zip(newick, values.tolist(), strict=True)
+    ]
+
+
+def numbers_at_root(trees: Sequence[str], names: Sequence[str]) -> Floats:
+    """The numbers of these names in the comments at trees' roots: float64 `[T, names]`. Raises ValueError naming a tree
+    that lacks one.
+    """
+    found = np.empty((len(trees), len(names)))
+    for row, tree in enumerate(trees if names else []):
+        comment = tree.rpartition("[&")[2].partition("]")[0]
+        given = dict(pair.split("=", 1) for pair in comment.split(",") if "=" in pair)
+        if missing := [name for name in names if name not in given]:
+            raise ValueError(f"tree {row + 1}, {tree[:80]}: no {', '.join(missing)} in a comment at the root")
+        found[row] = [float(given[name]) for name in names]
+    return found
 
 
 def write_summaries(folder: Path, found: WeightedTrees, score: Floats, score_name: str) -> list[Path]:

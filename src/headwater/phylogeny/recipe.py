@@ -27,7 +27,14 @@ from headwater.phylogeny.evidence import Evidence, LikelihoodEvidence, Parsimony
 from headwater.phylogeny.neighbour_joining import neighbour_joining
 from headwater.phylogeny.network import ForestNetwork
 from headwater.phylogeny.policy import TreeBackward, TreePolicy
-from headwater.phylogeny.posterior import WeightedTrees, tables_from, trees_of, write_summaries
+from headwater.phylogeny.posterior import (
+    WeightedTrees,
+    annotated,
+    numbers_at_root,
+    tables_from,
+    trees_of,
+    write_summaries,
+)
 from headwater.phylogeny.reward import ParsimonyReward, PosteriorReward
 from headwater.phylogeny.settings import ModelSettings
 from headwater.phylogeny.summaries import Comparison, compare, splits, topologies
@@ -210,23 +217,32 @@ class PhylogenyRecipe(Recipe):
     # Its objects
 
     def text(self, objects: Objects) -> list[str]:
-        """Newick, unrooted, equal trees as equal text."""
-        return self._trees(torch.as_tensor(objects)).newick()
+        """Newick, unrooted, equal trees as equal text; at its root sampled model parameters, [&kappa=4.1,...]."""
+        values = torch.as_tensor(objects)
+        newick = self._trees(values).newick()
+        if not self.parameters:
+            return newick
+        return annotated(newick, self.parameters, self._numbers(values[:, -self.evidence.parameters :]))
 
     def distance(self, a: str, b: str) -> float:
         """Robinson and Foulds'."""
         return float(len(_splits(a, self.data.taxa) ^ _splits(b, self.data.taxa)))
 
     def columns(self, objects: Sequence[str]) -> dict[str, list[object]]:
-        """Changes; or log-likelihood and the sum of all branch lengths."""
+        """Changes; or log-likelihood, the sum of all branch lengths, and sampled model parameters."""
         values = self._objects(self._parsed(objects))
+        numbers = numbers_at_root(objects, self.parameters)
+        if self.parameters:
+            values = torch.cat([values, self._coordinates(numbers)], 1)
         if isinstance(self.base_reward, ParsimonyReward):
             return {"changes": self.base_reward.changes(values).tolist()}
         log_likelihood = self.base_reward.log_likelihood(values)
-        lengths = values[:, 2 * (len(self.data.taxa) - 1) :].double().sum(1)
+        n = len(self.data.taxa)
+        lengths = values[:, 2 * (n - 1) : 2 * (n - 1) + 2 * n - 1].double().sum(1)
         return {
             "log_likelihood": log_likelihood.double().numpy().round(4).tolist(),
             "tree_length": lengths.numpy().round(6).tolist(),
+            **{name: numbers[:, place].tolist() for place, name in enumerate(self.parameters)},
         }
 
     def measures(self, samples: Samples) -> dict[str, float]:
@@ -287,6 +303,9 @@ class PhylogenyRecipe(Recipe):
         if (comparison := self.comparison(found)) is not None:
             assert self.reference is not None
             parts.append(sections.agreement_section(comparison, self.reference.name))
+        if self.parameters:
+            columns = np.array([samples.extra[name] for name in self.parameters], dtype=np.float64)
+            parts.append(sections.parameters_section(self.parameters, columns.T, found.weights))
         return [*parts, sections.honesty_section(self.parsimony, self.chains.share)]
 
     def score(self, samples: Samples) -> tuple[NDArray[np.float64], str]:
@@ -303,7 +322,27 @@ class PhylogenyRecipe(Recipe):
 
     def _trees(self, objects: Tensor) -> Trees:
         width = 2 * (len(self.data.taxa) - 1)
-        return trees_of(objects[:, :width].int(), None if self.parsimony else objects[:, width:], self.data.taxa)
+        above = None if self.parsimony else objects[:, width : 2 * width + 1]
+        return trees_of(objects[:, :width].int(), above, self.data.taxa)
+
+    @cached_property
+    def parameters(self) -> list[str]:
+        """Names of the sampled model parameters; of more than one partition, each with its partition's number."""
+        if not isinstance(self.evidence, LikelihoodEvidence):
+            return []
+        free = self.evidence.free
+        return [f"{name}.{k + 1}" if len(free) > 1 else name for k, of in enumerate(free) for name in of.names]
+
+    def _numbers(self, coordinates: Tensor) -> NDArray[np.float64]:
+        """Values of `parameters` at coordinates `[T, p]`."""
+        free = self.model.free
+        parts = torch.split(coordinates, free.size, dim=1)
+        return torch.cat([free.numbers(part) for part in parts], 1).numpy()
+
+    def _coordinates(self, numbers: NDArray[np.float64]) -> Tensor:
+        free = self.model.free
+        parts = torch.split(torch.from_numpy(numbers), len(free.names), dim=1)
+        return torch.cat([free.coordinates_of(part) for part in parts], 1)
 
     def _objects(self, trees: Trees) -> Tensor:
         tables, above = tables_from(trees)

@@ -17,6 +17,7 @@ from headwater.phylogeny.figures import (
 from headwater.phylogeny.posterior import WeightedTrees
 from headwater.phylogeny.summaries import Comparison, consensus, topologies
 from headwater.report import Section
+from headwater.report.numbers import number
 
 _LISTED = 10
 
@@ -73,6 +74,25 @@ def agreement_section(comparison: Comparison, reference: str) -> Section:
         "topologies that were drawn here.</p>"
     )
     return Section("Agreement with the reference", f"{words}<figure>{split_scatter(comparison.splits)}</figure>")
+
+
+def parameters_section(names: list[str], values: Floats, weights: Floats) -> Section:
+    """Posterior mean and 95 % interval of sampled model parameters: values `[T, names]`, weights `[T]` of sum 1."""
+    order = np.argsort(values, axis=0)
+    ordered, cumulative = np.take_along_axis(values, order, 0), weights[order].cumsum(0)
+    low, high = (
+        np.take_along_axis(ordered, (cumulative < share * cumulative[-1]).sum(0)[None], 0)[0]
+        for share in (0.025, 0.975)
+    )
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td><td>{number(mean)}</td><td>{number(a)} to {number(b)}</td></tr>"
+        for name, mean, a, b in zip(names, weights @ values, low, high, strict=True)
+    )
+    return Section(
+        "Model parameters",
+        f"<p>Sampled with the tree, of each partition by itself.</p><table><thead><tr><th></th><th>posterior mean</th>"
+        f"<th>95 % interval</th></tr></thead><tbody>{rows}</tbody></table>",
+    )
 
 
 def honesty_section(parsimony: bool, chains: float) -> Section:

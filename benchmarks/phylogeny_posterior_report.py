@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,13 @@ def _head(results: Row, path: Path) -> str:
         )
     if theirs := results.get("mrbayes"):
         said.append(f"MrBayes: {theirs['runs']} runs, {_number(theirs['cpu'])} CPU-seconds.")
-    return f"""# Phylogeny, posterior: {data["name"]}
-
-    {facts["command"]}
-
-{" ".join(said)} {facts["date"]}; {facts["cpu"]}, {facts["cores"]} cores, shared with other work (load
-{results["load"]}); {facts["system"]}, Python {facts["python"]}, {versions}; ours at {facts["commit"][:10]}. All
-numbers: `{path.name}`."""
+    said.append(
+        f"{facts['date']}; {facts['cpu']}, {facts['cores']} cores, shared with other work (load {results['load']}); "
+        f"{facts['system']}, Python {facts['python']}, {versions}; ours at {facts['commit'][:10]}. All numbers: "
+        f"`{path.name}`."
+    )
+    title = f"# Phylogeny, posterior: {data['name']}"
+    return "\n\n".join([title, f"    {facts['command']}", textwrap.fill(" ".join(said), 120)])
 
 
 def _agreement(results: Row) -> str:
@@ -77,8 +78,8 @@ def _agreement(results: Row) -> str:
                  f"{row['topology_distance']:.4f}", f"{row['floor']:.4f}", f"{row['covered']:.4f}",
                  f"{row['topologies']:,}", f"{row['draws']:,}"]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "Draws with importance weights count as their effective sample size; MrBayes' count as if they were "
-              "independent, which neighbours in a chain are not."]  # fmt: skip
+    said = "Draws with importance weights count as their effective sample size; MrBayes' count as if they were "
+    lines += ["", textwrap.fill(said + "independent, which neighbours in a chain are not.", 120)]
     return "\n".join(lines)
 
 

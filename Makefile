@@ -1,16 +1,20 @@
-# make demo   set everything up and design RNA oligomers against two microRNAs (about two minutes of training)
-# make test   set everything up, then lint, types and all tests
-# Both need Python 3.11 or newer and nothing else; they install into .venv.
+# make demo             set everything up and design RNA oligomers against two microRNAs (about two minutes of training)
+# make demo-phylogeny   set everything up and learn the posterior over trees of 12 primates (about three)
+# make test             set everything up, then lint, types and all tests
+# Each needs Python 3.11 or newer and nothing else; it installs into .venv.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test check clean
+.PHONY: demo demo-phylogeny test check clean
 
 demo: $(VENV)/.installed
 	$(RUN)/headwater train rna --out runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+demo-phylogeny: $(VENV)/.installed
+	$(RUN)/headwater train phylogeny --out runs/phylogeny-$$(date +%Y%m%d-%H%M%S)
 
 test: $(VENV)/.installed-dev check
 	$(RUN)/python -m pytest

@@ -120,6 +120,10 @@ def test_partitions_and_character_sets_divide_the_sites(tmp_path):
     ]
     more = "begin mrbayes; charset a=1-4; charset b=5-12; charset c=2; partition p = 2: a, b; set partition=p; end;"
     assert [part.name for part in read(tmp_path, nexus(plain_rows(), more=more)).partitions] == ["a", "b"]
+    partial = more.replace("b=5-12", "b=6-12")
+    assert "partition into a, b: its sets must be disjoint and together be all 12" in error(
+        tmp_path, nexus(plain_rows(), more=partial)
+    )
     overlapping = "begin sets; charset a = 1-8; charset b = 5-12; end;"
     assert [part.name for part in read(tmp_path, nexus(plain_rows(), more=overlapping)).partitions] == ["all"]
 

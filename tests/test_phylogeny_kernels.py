@@ -230,6 +230,8 @@ def test_parameters_of_each_tree_are_those_of_that_tree_alone(rng):
         alone = process(model, **{name: values[t] for name, values in given.items()})
         one = felsenstein.log_likelihoods(tips, alone, merges[[t]], lengths[[t]])
         np.testing.assert_allclose(together[t], one[0], rtol=1e-12)
+        for mine, theirs in zip(process(model, **given).select(np.array([t])), alone, strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from headwater.conditions import Conditions
 from headwater.objectives import Objective
-from headwater.phylogeny.moves import UNIFORMS, neighbour_joining, propose
+from headwater.phylogeny.moves import UNIFORMS, propose
+from headwater.phylogeny.neighbour_joining import neighbour_joining
 from headwater.phylogeny.policy import TreePolicy
 from headwater.phylogeny.walks import tables_of
 from headwater.policies.base import Exploration, LogProbs

@@ -179,7 +179,7 @@ def _alignment(rows: Rows, path: Path) -> Alignment:
             raise AlignmentError(
                 f"{_where(path, row)}: gaps and unknown nucleotides alone; such a taxon fits anywhere: leave it out"
             )
-    return Alignment(tuple(row.name for row in rows.rows), states, _partitions(rows, length), path)
+    return Alignment(tuple(row.name for row in rows.rows), states, _partitions(rows, length, path), path)
 
 
 def _states(letters: str) -> NDArray[np.uint8]:
@@ -224,14 +224,16 @@ def _where(path: Path, row: Row, line: int | None = None) -> str:
     return f"{path}{f', line {number}' if number else ''}, taxon {row.name!r}"
 
 
-def _partitions(rows: Rows, sites: int) -> tuple[Partition, ...]:
+def _partitions(rows: Rows, sites: int, path: Path) -> tuple[Partition, ...]:
     names = rows.partition or list(rows.charsets)
     members = [np.array(rows.charsets[name], dtype=np.int64) for name in names]
     together = np.sort(np.concatenate(members)) if members else np.empty(0, dtype=np.int64)
     if np.array_equal(together, np.arange(sites)):
         return tuple(Partition(name, part) for name, part in zip(names, members, strict=True))
     if rows.partition:
-        raise AlignmentError("partition " + ", ".join(names) + ": its sets must be disjoint and together be all sites")
+        raise AlignmentError(
+            f"{path}: partition into {', '.join(names)}: its sets must be disjoint and together be all {sites} sites"
+        )
     return (Partition("all", np.arange(sites, dtype=np.int64)),)
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from headwater.phylogeny import felsenstein, fitch
 from headwater.phylogeny.models import Process
-from headwater.phylogeny.pairs import FURTHEST
+from headwater.phylogeny.neighbour_joining import distances
+from headwater.phylogeny.pairs import Apart
 from headwater.phylogeny.parameters import FreeParameters
 
 _UNKNOWN = 15  # any of A, C, G, T
@@ -26,42 +27,36 @@ _SCALE = 0.3  # of a pattern of mean weight, so that sums over hundreds of them 
 class Grown:
     """What is known of T forests that grow in step.
 
-    changes, comparable: float32 `[T, 2n-1, 2n-1]` of pairs of nodes, where asked for by `join`; see `pairs.py`.
+    apart: of pairs of nodes, those between leaves and where asked for by `join`. features: float32 `[T, n - 2,
+    features]`, of node n + k in row k.
     """
 
     def __init__(self, evidence: Evidence, count: int) -> None:
         n = evidence.n
         self.evidence = evidence
         self.sets = np.empty((count, n - 1, *evidence.sites.leaves.shape[1:]), np.uint64)
-        self.changes, self.comparable = torch.zeros(2, count, 2 * n - 1, 2 * n - 1)
-        self.changes[:, :n, :n], self.comparable[:, :n, :n] = evidence.leaf_changes, evidence.leaf_comparable
-        self.here = torch.arange(count)
+        self.apart = Apart(*torch.zeros(3, count, 2 * n - 1, 2 * n - 1))
+        for table, known in zip(self.apart, evidence.leaves_apart, strict=True):
+            table[:, :n, :n] = known
+        self.features = torch.empty(count, n - 2, evidence.features)
 
-    def join(self, step: int, left: Tensor, right: Tensor, lengths: Tensor, others: Tensor) -> Tensor:
-        """Merge nodes `left` and `right` `[T]`, by edges of `lengths` `[T, 2]`, into node n + step, and compare it with
-        `others` `[T, K]` (itself among them does no harm). Returns the new nodes' features, float32 `[T, features]`.
+    def join(self, step: int, left: Tensor, right: Tensor, lengths: Tensor, others: Tensor) -> None:
+        """Merge nodes `left` and `right`, int32 `[T]`, by edges of `lengths` `[T, 2]`, into node n + step, describe it,
+        and compare it with `others`, int64 `[T, K]` (itself among them does no harm).
         """
         evidence = self.evidence
-        first, second = left.int().numpy(), right.int().numpy()
+        first, second = left.numpy(), right.numpy()
         fitch.join(evidence.sites.leaves, self.sets, first, second, step)
-        changes, comparable = np.empty((2, *others.shape), np.int32)
         node = evidence.n + step
-        fitch.pair_costs(
-            evidence.sites.leaves,
-            self.sets,
-            np.full(len(first), node, np.int32),
-            others.int().numpy(),
-            changes,
-            comparable,
-        )
-        for table, found in ((self.changes, changes), (self.comparable, comparable + np.float32(evidence.alike))):
-            values = torch.from_numpy(found).float()
-            table[:, node].scatter_(1, others, values)
-            table[self.here[:, None], others, node] = values
-        return self._features(step, first, second, lengths)
+        nodes = np.full(len(first), node, np.int32)
+        changes, comparable = np.empty((2, *others.shape), np.int32)
+        fitch.pair_costs(evidence.sites.leaves, self.sets, nodes, others.int().numpy(), changes, comparable)
+        self.apart.note(node, others, changes, comparable, evidence.alike)
+        self._describe(step, first, second, lengths)
 
-    def _features(self, step: int, left: NDArray[np.int32], right: NDArray[np.int32], lengths: Tensor) -> Tensor:
-        return self.evidence.of_sets(self.sets[:, step])
+    def _describe(self, step: int, left: NDArray[np.int32], right: NDArray[np.int32], lengths: Tensor) -> None:
+        """Write the features of node n + step."""
+        raise NotImplementedError
 
 
 class Evidence(ABC):
@@ -86,33 +81,24 @@ class Evidence(ABC):
         nodes, every = np.arange(n, dtype=np.int32), np.tile(np.arange(n, dtype=np.int32), (n, 1))
         nothing = np.empty((n, n - 1, *self.sites.leaves.shape[1:]), np.uint64)
         fitch.pair_costs(self.sites.leaves, nothing, nodes, every, changes, comparable)
-        self.leaf_changes = torch.from_numpy(changes).float()
-        self.leaf_comparable = torch.from_numpy(comparable).float() + self.alike
+        self.leaves_apart = Apart(*torch.zeros(3, 1, n, n))
+        for leaf in range(n):
+            row = slice(leaf, leaf + 1)
+            others = torch.arange(n)[None]
+            self.leaves_apart.note(leaf, others, changes[row], comparable[row], self.alike)
         self.features: int
         self.leaves: Tensor
 
     @property
     def distances(self) -> NDArray[np.float64]:
         """Distances of leaves, corrected for unseen changes (Jukes & Cantor 1969): float64 `[n, n]`."""
-        return self._distances(self.weights[None])[0]
+        return distances(self.masks, self.weights[None].numpy())[0]
 
     def resampled_distances(self, count: int, generator: torch.Generator) -> NDArray[np.float64]:
         """The same from sites drawn with replacement: float64 `[count, n, n]`."""
         drawn = torch.multinomial(self.weights, count * int(self.n_sites), True, generator=generator).view(count, -1)
         counts = torch.zeros(count, len(self.weights), dtype=torch.float64)
-        return self._distances(counts.scatter_add_(1, drawn, torch.ones(drawn.shape).double()))
-
-    def _distances(self, counts: Tensor) -> NDArray[np.float64]:
-        """From counts of patterns `[count, P]`."""
-        count = len(counts)
-        changed, known = np.empty((2, count, self.n, self.n))
-        for i in range(self.n):
-            apart = (self.masks[i] & self.masks) == 0
-            both = (self.masks[i] != _UNKNOWN) & (self.masks != _UNKNOWN)
-            changed[:, i] = counts.numpy() @ apart.T
-            known[:, i] = counts.numpy() @ both.T
-        share = np.minimum(changed / np.maximum(known, 1), FURTHEST)
-        return -0.75 * np.log1p(-share * (4 / 3))
+        return distances(self.masks, counts.scatter_add_(1, drawn, torch.ones(drawn.shape).double()).numpy())
 
     @property
     def parameters(self) -> int:
@@ -122,10 +108,6 @@ class Evidence(ABC):
     @abstractmethod
     def start(self, count: int, parameters: Tensor | None = None) -> Grown:
         """`count` forests of n leaves; `parameters` `[count, parameters]` where there are some."""
-
-    def of_sets(self, sets: NDArray[np.uint64]) -> Tensor:
-        """Features from Fitch sets `[T, planes, W]`."""
-        raise NotImplementedError
 
 
 class ParsimonyEvidence(Evidence):
@@ -153,9 +135,9 @@ class _SetsGrown(Grown):
         self.seen = np.empty((count, evidence.n - 1, *evidence.seen.leaves.shape[1:]), np.uint64)
         self.leaves = evidence.seen.leaves
 
-    def _features(self, step: int, left: NDArray[np.int32], right: NDArray[np.int32], lengths: Tensor) -> Tensor:
+    def _describe(self, step: int, left: NDArray[np.int32], right: NDArray[np.int32], lengths: Tensor) -> None:
         fitch.join(self.leaves, self.seen, left, right, step)
-        return _bits(np.ascontiguousarray(self.seen[:, step]))
+        self.features[:, step] = _bits(np.ascontiguousarray(self.seen[:, step]))
 
 
 def _bits(sets: NDArray[np.uint64]) -> Tensor:
@@ -227,11 +209,15 @@ class _Part:
     def of_leaves(self) -> Tensor:
         partials = torch.from_numpy(self.tips.partials[:, :, : self.seen])
         frequencies = torch.tensor(self.process.frequencies[0], dtype=torch.float32)
-        return self.of_partials(partials / (partials * frequencies[:, None]).sum(1, keepdim=True))
+        out = torch.empty(len(partials), self.features)
+        self.write(partials / (partials * frequencies[:, None]).sum(1, keepdim=True), out)
+        return out
 
-    def of_partials(self, partials: Tensor) -> Tensor:
-        """`[T, 4, seen]` -> `[T, features]`."""
-        return ((partials - 1.0) * self.scale).flatten(1)
+    def write(self, partials: Tensor, out: Tensor) -> None:
+        """`[T, 4, seen]` -> `out` `[T, features]`."""
+        out = out.view(partials.shape)
+        torch.sub(partials, 1.0, out=out)
+        out *= self.scale
 
 
 class _PartialsGrown(Grown):
@@ -243,10 +229,9 @@ class _PartialsGrown(Grown):
             for part, process in zip(evidence.parts, processes, strict=True)
         ]
 
-    def _features(self, step: int, left: NDArray[np.int32], right: NDArray[np.int32], lengths: Tensor) -> Tensor:
-        found = []
-        for part, process, tables in zip(self.parts, self.processes, self.partials, strict=True):
+    def _describe(self, step: int, left: NDArray[np.int32], right: NDArray[np.int32], lengths: Tensor) -> None:
+        columns = torch.split(self.features[:, step], [part.features for part in self.parts], 1)
+        for part, process, tables, out in zip(self.parts, self.processes, self.partials, columns, strict=True):
             felsenstein.join(part.tips, process, tables, left, right, lengths.double().numpy(), step)
             new = torch.from_numpy(tables[:, step, :, :, : part.seen])
-            found.append(part.of_partials(new[:, 0] if new.shape[1] == 1 else new.mean(1)))
-        return found[0] if len(found) == 1 else torch.cat(found, 1)
+            part.write(new[:, 0] if new.shape[1] == 1 else new.mean(1), out)

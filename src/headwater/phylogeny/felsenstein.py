@@ -59,7 +59,7 @@ def log_likelihoods(
     """log p(patterns | tree, lengths) of whole trees `[T, n-1, 2]` with lengths `[T, n-1, 2]`: float64 `[T]`.
 
     Trees are unrooted: the lengths of the last merge's two edges count as their sum. A data set in partitions has the
-    sum of each one's.
+    sum of each one's. Takes 64 bytes of memory an edge and rate category; 8 an edge for JC69 without categories.
     """
     count, steps, _ = merges.shape
     edges = edge_factors(process, lengths.reshape(count, -1))

@@ -72,6 +72,15 @@ class Process(NamedTuple):
     invariant: Floats
     closed_form: bool
 
+    def select(self, trees: NDArray[np.int64]) -> Process:
+        """The parameters of some of the trees, numbers `[K]`; those of all where there is one set for all."""
+        if len(self.values) == 1:
+            return self
+        left, values, right, rates, frequencies, invariant, closed_form = self
+        return Process(
+            left[trees], values[trees], right[trees], rates[trees], frequencies[trees], invariant[trees], closed_form
+        )
+
 
 def process(
     model: SubstitutionModel,

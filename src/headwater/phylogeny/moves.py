@@ -1,5 +1,5 @@
 """Local moves on trees: a branch made longer or shorter, a nearest-neighbour interchange, a subtree pruned and
-regrafted; and neighbour joining (Saitou & Nei 1987), where such moves may start.
+regrafted.
 
 A move is proposed with its Hastings ratio, so that chains of accepted moves leave any R(x) / Z invariant (Lakner et al.
 2008, "Efficiency of Markov chain Monte Carlo tree proposals").
@@ -11,7 +11,6 @@ import math
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from headwater.native import kept_njit
@@ -37,18 +36,6 @@ def propose(tables: Tensor, above: Tensor | None, uniform: Tensor) -> tuple[Tens
     ratio = np.zeros(count)
     _propose(tables.int().numpy(), old.numpy(), uniform.numpy(), has_lengths, after, lengths, ratio)
     return torch.from_numpy(after), torch.from_numpy(lengths) if has_lengths else None, torch.from_numpy(ratio)
-
-
-def neighbour_joining(distances: NDArray[np.float64], shortest: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """The tree of each matrix of distances `[T, n, n]`: merges int32 and lengths float32 `[T, n-1, 2]`; lengths below
-    `shortest` are set to it.
-    """
-    count, n, _ = distances.shape
-    merges, lengths = np.empty((count, n - 1, 2), np.int32), np.zeros((count, n - 1, 2), np.float32)
-    _neighbour_joining(np.array(distances, np.float64), merges, lengths)
-    lengths = np.maximum(lengths, np.float32(shortest))
-    lengths[:, -1, 1] = 0.0
-    return torch.from_numpy(merges), torch.from_numpy(lengths)
 
 
 @kept_njit()
@@ -163,44 +150,3 @@ def _propose(tables, above, uniform, has_lengths, after, lengths, ratio):  # typ
                 length[node] *= factor
                 ratio[t] = math.log(factor) + math.log(max(whole, 1e-30)) - math.log(max(healed, 1e-30))
         rooted_table(first, second, length, n, first[0], second[0], after[t], lengths[t])
-
-
-@kept_njit()
-def _neighbour_joining(distances, merges, lengths):  # type: ignore[no-untyped-def]
-    n = distances.shape[1]
-    node, total = np.empty(n, np.int64), np.empty(n)
-    for t in range(distances.shape[0]):
-        away = distances[t]
-        for i in range(n):
-            node[i] = i
-        for k in range(n - 1):
-            size = n - k
-            for i in range(size):
-                total[i] = 0.0
-                for j in range(size):
-                    total[i] += away[i, j]
-            first, second, best = 0, 1, math.inf
-            for i in range(size):
-                for j in range(i + 1, size):
-                    q = (size - 2) * away[i, j] - total[i] - total[j]
-                    if q < best:
-                        first, second, best = i, j, q
-            merges[t, k, 0], merges[t, k, 1] = node[first], node[second]
-            between = away[first, second]
-            if size == 2:
-                lengths[t, k, 0] = between
-                break
-            tilt = (total[first] - total[second]) / (size - 2)
-            lengths[t, k, 0], lengths[t, k, 1] = (between + tilt) / 2, (between - tilt) / 2
-            for i in range(size):
-                away[first, i] = away[i, first] = (away[first, i] + away[second, i] - between) / 2
-            away[first, first] = 0.0
-            node[first] = n + k
-            for i in range(second, size - 1):
-                node[i] = node[i + 1]
-            for i in range(second, size - 1):
-                for j in range(size):
-                    away[i, j] = away[i + 1, j]
-            for i in range(second, size - 1):
-                for j in range(size):
-                    away[j, i] = away[j, i + 1]

@@ -1,92 +1,86 @@
-"""Neighbour joining (Saitou & Nei 1987, in the form of Studier & Keppler 1988) on distances of aligned sequences."""
+"""Neighbour joining (Saitou & Nei 1987) on distances of aligned sequences, for many matrices of distances at once."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from headwater.native import kept_njit
-from headwater.phylogeny.data import Patterns
-from headwater.phylogeny.trees import Floats, Ints, Trees
+from headwater.phylogeny.pairs import FURTHEST
 
-SHORTEST = 1e-6
-"""Expected substitutions per site; estimates below it, negative ones included, are lifted to it."""
-_MOST_DIFFERENT = 0.74
-"""Share of differing sites above which the JC69 distance, infinite at 3/4, is held."""
+_UNKNOWN = 15  # any of A, C, G, T
 
 
-def hamming_distances(patterns: Patterns) -> Floats:
-    """Share of differing sites between taxa, float64 `[n, n]`, over the sites where both are one nucleotide (or, with
-    gaps as a state, a gap); 3/4, as of unrelated sequences, where there is none.
+def distances(masks: NDArray[np.uint8], counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Distances of leaves, corrected for unseen changes (Jukes & Cantor 1969): float64 `[B, n, n]`.
+
+    Of the sites at which both leaves say something, a share has no state in common; without any, they are as far
+    apart as is corrected for. masks: uint8 `[n, P]`, sets of
+    states. counts: `[B, P]`, how often each pattern occurs in each of B data sets.
     """
-    masks, weights = patterns.masks, patterns.weights
-    known = np.isin(masks, (1, 2, 4, 8, 16))
-    compared = (known * weights) @ known.T.astype(np.float64)
-    same = np.zeros_like(compared)
-    for state in (1, 2, 4, 8, 16):
-        here = masks == state
-        same += (here * weights) @ here.T.astype(np.float64)
-    return np.where(compared > 0, 1 - same / np.maximum(compared, 1), 0.75)
+    n = len(masks)
+    changed, known = np.empty((2, len(counts), n, n))
+    for i in range(n):
+        changed[:, i] = counts @ ((masks[i] & masks) == 0).T
+        known[:, i] = counts @ ((masks[i] != _UNKNOWN) & (masks != _UNKNOWN)).T
+    share = np.where(known > 0, np.minimum(changed / np.maximum(known, 1), FURTHEST), FURTHEST)
+    away: NDArray[np.float64] = -0.75 * np.log1p(-share * (4 / 3))
+    away[:, range(n), range(n)] = 0.0
+    return away
 
 
-def jukes_cantor_distances(patterns: Patterns) -> Floats:
-    """Expected substitutions per site between taxa under JC69, float64 `[n, n]` (Jukes & Cantor 1969)."""
-    return -0.75 * np.log1p(-4 / 3 * np.minimum(hamming_distances(patterns), _MOST_DIFFERENT))
-
-
-def neighbour_joining(taxa: tuple[str, ...], distances: Floats) -> Trees:
-    """The neighbour-joining tree of distances `[n, n]`, a batch of one, with lengths of at least `SHORTEST`.
-
-    Raises ValueError unless the distances are a finite symmetric matrix of the taxa.
+def neighbour_joining(away: NDArray[np.float64], shortest: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """The tree of each matrix of distances `[T, n, n]`: merges int32 and lengths float32 `[T, n-1, 2]`; lengths below
+    `shortest` are set to it.
     """
-    distances = np.ascontiguousarray(distances, dtype=np.float64)
-    if (
-        distances.shape != (len(taxa),) * 2
-        or not np.isfinite(distances).all()
-        or not np.allclose(distances, distances.T)
-    ):
-        raise ValueError(
-            f"distances of shape {distances.shape}: must be finite, symmetric and {len(taxa)} x {len(taxa)}"
-        )
-    merges, lengths = _join(distances)
-    lengths = np.maximum(lengths, SHORTEST)
-    lengths[-1, 1] = 0
-    return Trees(tuple(taxa), merges[None], lengths[None])
+    count, n, _ = away.shape
+    merges, lengths = np.empty((count, n - 1, 2), np.int32), np.zeros((count, n - 1, 2), np.float32)
+    _neighbour_joining(np.array(away, np.float64), merges, lengths)
+    lengths = np.maximum(lengths, np.float32(shortest))
+    lengths[:, -1, 1] = 0.0
+    return torch.from_numpy(merges), torch.from_numpy(lengths)
 
 
 @kept_njit()
-def _join(distances: NDArray[np.float64]) -> tuple[Ints, Floats]:  # pragma: no cover - compiled
-    n = len(distances)
-    d = distances.copy()
-    live = np.arange(n)  # rows of d in use
-    node = np.arange(n)
-    merges = np.zeros((n - 1, 2), dtype=np.int32)
-    lengths = np.zeros((n - 1, 2))
-    total = np.zeros(n)
-    left = n
-    for k in range(n - 2):
-        for i in range(left):
-            total[live[i]] = 0.0
-            for j in range(left):
-                total[live[i]] += d[live[i], live[j]]
-        best, a, b = np.inf, 0, 1
-        for i in range(left):
-            for j in range(i + 1, left):
-                q = (left - 2) * d[live[i], live[j]] - total[live[i]] - total[live[j]]
-                if q < best - 1e-12:
-                    best, a, b = q, i, j
-        x, y = live[a], live[b]
-        first = d[x, y] / 2 + (total[x] - total[y]) / (2 * (left - 2))
-        merges[k, 0], merges[k, 1] = node[x], node[y]
-        lengths[k, 0], lengths[k, 1] = first, d[x, y] - first
-        for i in range(left):
-            z = live[i]
-            if z != x and z != y:
-                d[x, z] = d[z, x] = (d[x, z] + d[y, z] - d[x, y]) / 2
-        node[x] = n + k
-        live[b] = live[left - 1]
-        left -= 1
-    x, y = live[0], live[1]
-    merges[n - 2, 0], merges[n - 2, 1] = node[x], node[y]
-    lengths[n - 2, 0] = d[x, y]
-    return merges, lengths
+def _neighbour_joining(distances, merges, lengths):  # type: ignore[no-untyped-def]
+    n = distances.shape[1]
+    node, total = np.empty(n, np.int64), np.empty(n)
+    for t in range(distances.shape[0]):
+        away = distances[t]
+        for i in range(n):
+            node[i] = i
+        for k in range(n - 1):
+            size = n - k
+            for i in range(size):
+                total[i] = 0.0
+                for j in range(size):
+                    total[i] += away[i, j]
+            first, second, best = 0, 1, math.inf
+            for i in range(size):
+                for j in range(i + 1, size):
+                    q = (size - 2) * away[i, j] - total[i] - total[j]
+                    if q < best:
+                        first, second, best = i, j, q
+            merges[t, k, 0], merges[t, k, 1] = node[first], node[second]
+            between = away[first, second]
+            if size == 2:
+                lengths[t, k, 0] = between
+                break
+            tilt = (total[first] - total[second]) / (size - 2)
+            lengths[t, k, 0], lengths[t, k, 1] = (between + tilt) / 2, (between - tilt) / 2
+            for i in range(size):
+                away[first, i] = away[i, first] = (away[first, i] + away[second, i] - between) / 2
+            away[first, first] = 0.0
+            node[first] = n + k
+            for i in range(second, size - 1):
+                node[i] = node[i + 1]
+            for i in range(second, size - 1):
+                for j in range(size):
+                    away[i, j] = away[i + 1, j]
+            for i in range(second, size - 1):
+                for j in range(size):
+                    away[j, i] = away[j, i + 1]

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from headwater.phylogeny.lengths import BinnedLengths, LengthDensity, MixtureLengths
-from headwater.phylogeny.pairs import PAIR_FEATURES, pair_index
-from headwater.policies.attention import attention
+from headwater.phylogeny.pair_score import pair_scores
+from headwater.phylogeny.pairs import PAIR_FEATURES
+from headwater.policies.attention import attention_in_blocks
 from headwater.policies.layers import Linear, linear
 
 Lengths = Literal["mixture", "binned"]
@@ -61,8 +62,8 @@ class ForestNetwork:
 class ForestEncoder(nn.Module):
     """Attention among the trees of each forest; forests of many sizes at once.
 
-    Trees of all forests lie end to end, `[trees, width]`, in blocks of M forests of k trees each: `blocks` lists
-    (M, k).
+    Trees of all forests lie end to end, `[rows, width]`, in blocks of M forests of k trees each: `blocks` lists
+    (M, k). Rows after these stand for nothing, and make a number of rows that products of matrices like.
     """
 
     def __init__(self, settings: ForestNetwork) -> None:
@@ -87,12 +88,7 @@ class _Layer(nn.Module):
 
     def forward(self, x: Tensor, blocks: Sequence[tuple[int, int]]) -> Tensor:
         packed = self.query_key_value(self.attention_norm(x))
-        parts = packed.split([count * size for count, size in blocks])
-        mixed = [
-            attention(part.view(count, size, -1), self.heads).flatten(0, 1)
-            for part, (count, size) in zip(parts, blocks, strict=True)
-        ]
-        x = x + self.project(torch.cat(mixed) if len(mixed) > 1 else mixed[0])
+        x = x + self.project(attention_in_blocks(packed, self.heads, blocks))
         return x + self.down(linear(self.feed_forward_norm(x), self.up.weight, self.up.bias, relu=True))
 
 
@@ -105,16 +101,9 @@ class PairScore(nn.Module):
         self.of_pair = nn.Parameter(torch.randn(PAIR_FEATURES, settings.pair_width) * PAIR_FEATURES**-0.5)
         self.out = nn.Parameter(torch.zeros(settings.pair_width))
 
-    def forward(self, x: Tensor, features: Sequence[Tensor], blocks: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """x: `[trees, width]`; features: `[M, pairs, PAIR_FEATURES]` a block -> logits `[M, pairs]` a block."""
-        parts = self.of_tree(x).split([count * size for count, size in blocks])
-        logits = []
-        for part, known, (count, size) in zip(parts, features, blocks, strict=True):
-            i, j = pair_index(size)
-            trees = part.view(count, size, -1)
-            hidden = (trees[:, i] + trees[:, j] + known @ self.of_pair).relu()
-            logits.append(hidden @ self.out)
-        return logits
+    def forward(self, x: Tensor, features: Tensor, blocks: Sequence[tuple[int, int]]) -> Tensor:
+        """x: `[trees, width]`; features: `[pairs, PAIR_FEATURES]` of all blocks, end to end -> logits `[pairs]`."""
+        return pair_scores(self.of_tree(x), features, self.of_pair, self.out, blocks)
 
 
 class LengthHead(nn.Module):

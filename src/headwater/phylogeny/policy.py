@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from headwater.environments.base import Objects, identity
+from headwater.phylogeny.blocks import Blocks
 from headwater.phylogeny.environment import Forests
 from headwater.phylogeny.evidence import Evidence, Grown
 from headwater.phylogeny.network import ForestEncoder, ForestNetwork, LengthHead, PairScore
-from headwater.phylogeny.pairs import describe
+from headwater.phylogeny.pairs import PAIR_FEATURES, describe, pair_index
 from headwater.phylogeny.parameters import ParameterDensity
 from headwater.phylogeny.walks import forests_on_the_way, merges_of, tables_of, walks_to
 from headwater.policies.base import NO_EXPLORATION, Exploration, LogProbs, StatePolicy
@@ -130,45 +131,42 @@ class TreePolicy(StatePolicy):
         lengths = trajectories.steps["length"].view(count, n - 1, 2)
         roots, places, internal = forests_on_the_way(merges)
         parameters = self._coordinates(trajectories)
-        grown, features = self._regrow(merges, lengths, parameters)
-        nodes = self._embedded(features, self._context(trajectories.condition, parameters))
+        grown = self._regrow(merges, lengths, roots, parameters)
+        context = self._context(trajectories.condition, parameters)
+        blocks = Blocks(count, tuple((self._forests(count, t), n - t) for t in range(n - 1)))
+        features, guesses = torch.empty(sum(blocks.pairs), PAIR_FEATURES), []
+        for t, part in enumerate(torch.split(features, blocks.pairs)):
+            forests, size = blocks.sizes[t]
+            _, guess = describe(grown.apart, roots[t, :forests, :size], part.view(forests, -1, PAIR_FEATURES))
+            guesses.append(guess[blocks.forest(t)[:, None], places[:, t], places[:, t].flip(1)])
 
-        here = torch.arange(count)
-        blocks = [(count, n - t) for t in range(n - 1)]
-        trees = torch.cat([nodes[here[:, None], roots[t, :, : n - t]].flatten(0, 1) for t in range(n - 1)])
-        hidden = self.encoder(trees, blocks)
-        described = [describe(grown.changes, grown.comparable, roots[t, :, : n - t]) for t in range(n - 1)]
-        logits = self.score(hidden, [features for features, _ in described], blocks)
-        parts = hidden.split([count * size for _, size in blocks])
-
-        forward, flow, backward = [], [], []
-        owns, others, guesses = [], [], []
-        for t, (part, (_, size)) in enumerate(zip(parts, blocks, strict=True)):
-            tokens = part.view(count, size, -1)
-            i, j = places[:, t, 0], places[:, t, 1]
-            forward.append(logits[t].log_softmax(1)[here, _pair_number(i, j, size)])
-            flow.append(tokens.mean(1))
-            if self.density is not None:
-                owns.append(tokens[here, i])
-                others.append(tokens[here, j])
-                guesses.append(torch.stack([described[t][1][here, i, j], described[t][1][here, j, i]], 1))
-            if self.undo is not None and t:
-                backward.append(self._log_undo(tokens, roots[t, :, :size], places[:, t - 1, 0]))
+        nodes = self._nodes(grown.features)
+        hidden = self.encoder(self._trees(nodes, roots, blocks, context), blocks.sizes)
+        forward, flow = [], []
+        for t, logits in enumerate(blocks.of_pairs(self.score(hidden, features, blocks.sizes))):
+            chosen = _pair_number(places[:, t, 0], places[:, t, 1], n - t)
+            forward.append(logits.log_softmax(1)[blocks.forest(t), chosen])
+        for t, of_trees in enumerate(blocks.of_trees(self.flow(hidden)[:, 0])):
+            flow.append(of_trees.mean(1)[blocks.forest(t)])
         log_forward = torch.stack(forward, 1)
         if self.density is not None:
-            log_forward = log_forward + self._log_lengths(owns, others, guesses, lengths)
+            chosen = torch.stack([blocks.rows(places[:, :, side].t()) for side in range(2)])
+            log_forward = log_forward + self._log_lengths(hidden, chosen, torch.stack(guesses), lengths)
         if self.parameter_density is not None and parameters is not None:  # drawn with the first step
-            log_forward = torch.cat(
-                [log_forward[:, :1] + self.parameter_density.log_prob(parameters)[:, None], log_forward[:, 1:]], 1
-            )
+            first = log_forward[:, :1] + self.parameter_density.log_prob(parameters)[:, None]
+            log_forward = torch.cat([first, log_forward[:, 1:]], 1)
         log_backward = self._uniform_backward(internal)
-        if backward:
-            log_backward = torch.cat([torch.stack(backward, 1), log_backward[:, -1:]], 1)
+        if self.undo is not None and n > 2:
+            learned = []
+            for t, logits in enumerate(blocks.of_trees(self.undo(hidden)[:, 0])[1:], 1):
+                logits = logits.masked_fill(roots[t, :, : n - t] < n, NEVER)
+                learned.append(logits.log_softmax(1).gather(1, places[:, t - 1, :1])[:, 0])
+            log_backward = torch.cat([torch.stack(learned, 1), log_backward[:, -1:]], 1)
         return LogProbs(
             forward=log_forward.flatten(),
             backward=log_backward.flatten(),
             log_z=self._log_z(trajectories.condition),
-            log_flow=self.flow(torch.stack(flow, 1).flatten(0, 1))[:, 0].float(),
+            log_flow=torch.stack(flow, 1).flatten(),
         )
 
     def action_log_probs(self, states: Tensor, condition: Tensor) -> Tensor:
@@ -204,8 +202,8 @@ class TreePolicy(StatePolicy):
         here = torch.arange(count)
         parameters = None if self.parameter_density is None else self.parameter_density.sample(count, generator)
         grown, context = self.evidence.start(count, parameters), self._context(condition, parameters)
-        nodes = self._embedded(self.evidence.leaves[None].expand(count, -1, -1), context)
-        nodes = torch.cat([nodes, nodes.new_empty(count, n - 1, nodes.shape[2])], 1)
+        nodes = self._nodes(grown.features[:, :0], spare=n - 2)
+        internal = nodes[n:].view(count, n - 2, -1)
         roots = torch.arange(n).repeat(count, 1)
         merges, lengths = torch.empty(count, n - 1, 2, dtype=torch.int32), torch.zeros(count, n - 1, 2)
         log_behaviour = torch.zeros(count)
@@ -213,28 +211,29 @@ class TreePolicy(StatePolicy):
             log_behaviour += self.parameter_density.log_prob(parameters)
         for t in range(n - 1):
             size = n - t
-            tokens = self.encoder(nodes[here[:, None], roots].flatten(0, 1), [(count, size)])
-            features, guesses = describe(grown.changes, grown.comparable, roots)
-            (logits,) = self.score(tokens, [features], [(count, size)])
+            blocks = Blocks(count, ((self._forests(count, t), size),))
+            forests = blocks.sizes[0][0]
+            tokens = self.encoder(self._trees(nodes, roots[None], blocks, context), blocks.sizes)
+            features, guesses = describe(grown.apart, roots[:forests])
+            logits = self.score(tokens, features.flatten(0, 1), blocks.sizes).view(forests, -1).expand(count, -1)
             chosen, log_prob = _choose(logits, exploration, generator)
-            i, j = (index[chosen] for index in torch.triu_indices(size, size, 1))
-            tokens = tokens.view(count, size, -1)
-            left, right = roots[here, i], roots[here, j]
+            pair = pair_index(size)[:, chosen]
+            left, right = roots.gather(1, pair.t()).unbind(1)
             merges[:, t, 0], merges[:, t, 1] = left, right
             log_behaviour += log_prob
             if self.density is not None:
-                guess = torch.stack([guesses[here, i, j], guesses[here, j, i]], 1)
-                drawn, log_density = self._draw_lengths(tokens[here, i], tokens[here, j], guess, size == 2, generator)
+                guess = guesses[blocks.forest(0), pair, pair.flip(0)].t()
+                own, other = tokens.index_select(0, blocks.rows(pair).flatten()).view(2, count, -1)
+                drawn, log_density = self._draw_lengths(own, other, guess, size == 2, generator)
                 lengths[:, t, : drawn.shape[1]] = drawn
                 log_behaviour += log_density
             if size == 2:
                 break
-            keep = torch.ones(count, size, dtype=torch.bool)
-            keep[here, j] = False
-            roots[here, i] = n + t
-            roots = roots[keep].view(count, size - 1)
-            new = grown.join(t, left, right, lengths[:, t], roots)
-            nodes[:, n + t] = self._embedded(new[:, None], context, internal=True)[:, 0]
+            roots[here, pair[0]] = n + t
+            columns = torch.arange(size - 1)
+            roots = roots.gather(1, columns + (columns >= pair[1, :, None]))
+            grown.join(t, merges[:, t, 0].contiguous(), merges[:, t, 1].contiguous(), lengths[:, t], roots)
+            internal[:, t] = self.embed(grown.features[:, t])
         return self._trajectories(merges, lengths, parameters, condition, log_behaviour)
 
     def _draw_lengths(
@@ -255,32 +254,33 @@ class TreePolicy(StatePolicy):
 
     # Learning
 
-    def _regrow(self, merges: Tensor, lengths: Tensor, parameters: Tensor | None) -> tuple[Grown, Tensor]:
-        """What is known of every node of given trajectories, and its features `[T, 2n - 2, features]`."""
-        count, n = len(merges), self.n
-        roots, _, _ = forests_on_the_way(merges)
-        grown = self.evidence.start(count, parameters)
-        features = [self.evidence.leaves[None].expand(count, -1, -1)]
-        for t in range(n - 2):
-            left, right = merges[:, t, 0].long(), merges[:, t, 1].long()
-            new = grown.join(t, left, right, lengths[:, t], roots[t + 1, :, : n - t - 1])
-            features.append(new[:, None])
-        return grown, torch.cat(features, 1)
+    def _regrow(self, merges: Tensor, lengths: Tensor, roots: Tensor, parameters: Tensor | None) -> Grown:
+        """What is known of every node of given trajectories, whose forests are `roots`."""
+        grown = self.evidence.start(len(merges), parameters)
+        left, right = merges.permute(2, 1, 0).contiguous()
+        for t in range(self.n - 2):
+            grown.join(t, left[t], right[t], lengths[:, t], roots[t + 1, :, : self.n - t - 1])
+        return grown
 
-    def _log_lengths(self, owns: list[Tensor], others: list[Tensor], guesses: list[Tensor], lengths: Tensor) -> Tensor:
-        """Log-density of the lengths of every step: `[T, n-1]`."""
+    def _log_lengths(self, hidden: Tensor, chosen: Tensor, guess: Tensor, lengths: Tensor) -> Tensor:
+        """Log-density of the lengths of every step, `[T, n-1]`.
+
+        chosen: rows of the two trees merged, `[2, n-1, T]`. guess: `[n-1, T, 2]`.
+        """
         assert self.density is not None
-        count = len(lengths)
-        both = owns[-1] + others[-1]
-        output = self.last_length(both, both, guesses[-1])
-        last = self.density.log_prob(output, guesses[-1][:, 0], lengths[:, -1, 0])[:, None]
-        if self.n == 2:
-            return last
-        own, other, guess = torch.cat(owns[:-1]), torch.cat(others[:-1]), torch.cat(guesses[:-1])
+        count, steps, _ = lengths.shape
+        own, other = hidden.index_select(0, chosen.flatten()).view(2, steps * count, -1)
+        guess = guess.flatten(0, 1)
+        both, last = own[-count:] + other[-count:], guess[-count:]
+        output = self.last_length(both, both, last)
+        log_last = self.density.log_prob(output, last[:, 0], lengths[:, -1, 0])[:, None]
+        if steps == 1:
+            return log_last
+        own, other, guess = own[:-count], other[:-count], guess[:-count]
         left, right = lengths[:, :-1].permute(2, 1, 0).flatten(1)
         log_left = self.density.log_prob(self.lengths(own, other, guess), guess[:, 0], left)
         log_right = self.density.log_prob(self.lengths(other, own, guess.flip(1), left), guess[:, 1], right)
-        return torch.cat([(log_left + log_right).view(-1, count).t(), last], 1)
+        return torch.cat([(log_left + log_right).view(-1, count).t(), log_last], 1)
 
     def _uniform_backward(self, internal: Tensor) -> Tensor:
         """log P_B of undoing each step: one of the trees that are no leaf, at the end one of 2n - 3 edges."""
@@ -288,16 +288,10 @@ class TreePolicy(StatePolicy):
         choices[:, -1] = 2 * self.n - 3
         return -choices.log()
 
-    def _log_undo(self, tokens: Tensor, roots: Tensor, undone: Tensor) -> Tensor:
-        """log P_B of taking apart the tree in column `undone` `[M]` of each forest: `[M]`."""
-        assert self.undo is not None
-        logits = self.undo(tokens)[:, :, 0].masked_fill(roots < self.n, NEVER)
-        return logits.log_softmax(1).gather(1, undone[:, None])[:, 0]
-
     # Small things
 
     def _context(self, condition: Tensor, parameters: Tensor | None) -> Tensor | None:
-        """What is added to every tree of a forest: `[T, width]`; None for nothing."""
+        """What is added to every tree of a trajectory's forests: `[T, width]`; None for nothing."""
         context = self.embed_condition(condition) if self.condition_size else None
         if self.parameter_density is None or parameters is None:
             return context
@@ -305,34 +299,45 @@ class TreePolicy(StatePolicy):
         return embedded if context is None else context + embedded
 
     def _coordinates(self, trajectories: Trajectories) -> Tensor | None:
-        """`[T, p]`."""
+        """Of the model parameters of each trajectory: `[T, p]`; None where none are sampled."""
         return None if self.parameter_density is None else trajectories.steps["parameters"][trajectories.starts]
 
-    def _embedded(self, features: Tensor, context: Tensor | None, internal: bool = False) -> Tensor:
-        """`[T, nodes, features]`, leaves first unless `internal`, -> `[T, nodes, width]`."""
-        if internal:
-            x = self.embed(features)
-        else:
-            leaves = self.embed(self.evidence.leaves) + self.is_leaf
-            x = leaves[None].expand(len(features), -1, -1)
-            if features.shape[1] > self.n:
-                x = torch.cat([x, self.embed(features[:, self.n :])], 1)
-        return x if context is None else x + context[:, None]
+    def _forests(self, count: int, step: int) -> int:
+        """Before the first step all of `count` forests are the same, but for their context."""
+        return count if step or self.condition_size or self.parameter_density is not None else min(count, 1)
+
+    def _nodes(self, features: Tensor, spare: int = 0) -> Tensor:
+        """Embeddings of the leaves, then of the nodes that are none, features `[T, K, features]` a trajectory, then
+        `spare` rows a trajectory: `[n + T (K + spare), width]`.
+        """
+        count, _, size = features.shape
+        leaves = self.embed(self.evidence.leaves) + self.is_leaf
+        internal = self.embed(features.reshape(-1, size))
+        return torch.cat([leaves, internal, leaves.new_empty(count * spare, leaves.shape[1])])
+
+    def _trees(self, nodes: Tensor, roots: Tensor, blocks: Blocks, context: Tensor | None) -> Tensor:
+        """What the encoder takes, `[rows, width]`, for forests of nodes `roots` `[blocks, T, n]`."""
+        count = roots.shape[1]
+        of = torch.arange(count)[:, None]
+        own = (len(nodes) - self.n) // max(count, 1)
+        trees = nodes.index_select(0, blocks.pack(torch.where(roots < self.n, roots, roots + of * own)))
+        if context is not None:
+            trees = trees + context.index_select(0, blocks.pack(of.expand(roots.shape)))
+        return trees
 
     def _forest_log_probs(self, states: Tensor, steps: int, condition: Tensor) -> Tensor:
         count, n = len(states), self.n
         merges, roots, smallest = merges_of(states, steps)
         grown = self.evidence.start(count)
-        features = [self.evidence.leaves[None].expand(count, -1, -1)]
         for t in range(steps):
             every = torch.arange(n + t + 1).repeat(count, 1)
-            left, right = merges[:, t, 0].long(), merges[:, t, 1].long()
-            features.append(grown.join(t, left, right, torch.zeros(count, 2), every)[:, None])
-        nodes = self._embedded(torch.cat(features, 1), self._context(condition.expand(count, -1), None))
-        blocks = [(count, n - steps)]
-        hidden = self.encoder(nodes[torch.arange(count)[:, None], roots].flatten(0, 1), blocks)
-        (logits,) = self.score(hidden, [describe(grown.changes, grown.comparable, roots)[0]], blocks)
-        i, j = torch.triu_indices(n - steps, n - steps, 1)
+            grown.join(t, merges[:, t, 0].contiguous(), merges[:, t, 1].contiguous(), torch.zeros(count, 2), every)
+        blocks = Blocks(count, ((count, n - steps),))
+        nodes = self._nodes(grown.features[:, :steps])
+        context = self._context(condition.expand(count, -1), None)
+        hidden = self.encoder(self._trees(nodes, roots[None], blocks, context), blocks.sizes)
+        logits = self.score(hidden, describe(grown.apart, roots)[0].flatten(0, 1), blocks.sizes).view(count, -1)
+        i, j = pair_index(n - steps)
         a, b = smallest[:, i], smallest[:, j]
         out = torch.full((count, self.environment.n_actions), NEVER)
         return out.scatter(1, _pair_number(a, b, n), logits.log_softmax(1))

@@ -1,7 +1,7 @@
 """Felsenstein's pruning, float32, sixteen site patterns at once: the kernels of `felsenstein.py`.
 
-Whole trees go through the patterns in chunks that stay in the processor's first cache. Every merge multiplies by a
-power of two, which is exact, so that nothing underflows and logarithms are taken at the root alone. JC69 without
+Whole trees go through the patterns in chunks of which a tree's nodes stay in a core's cache. Every merge multiplies by
+a power of two, which is exact, so that nothing underflows and logarithms are taken at the root alone. JC69 without
 categories has kernels of its own: exp(-4/3 b) and a sum of four say what a matrix says.
 """
 

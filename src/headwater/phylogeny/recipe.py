@@ -24,7 +24,7 @@ from headwater.objectives import Objective
 from headwater.phylogeny.chains import ChainSettings, TreeChains
 from headwater.phylogeny.data import Alignment, Patterns, primates, read_alignment
 from headwater.phylogeny.evidence import Evidence, LikelihoodEvidence, ParsimonyEvidence
-from headwater.phylogeny.moves import neighbour_joining
+from headwater.phylogeny.neighbour_joining import neighbour_joining
 from headwater.phylogeny.network import ForestNetwork
 from headwater.phylogeny.policy import TreeBackward, TreePolicy
 from headwater.phylogeny.posterior import WeightedTrees, tables_from, trees_of, write_summaries

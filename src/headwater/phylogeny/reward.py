@@ -13,7 +13,7 @@ from headwater.environments.base import Objects
 from headwater.phylogeny import fitch
 from headwater.phylogeny.branch_lengths import fit_lengths, log_likelihood_gradients
 from headwater.phylogeny.evidence import LikelihoodEvidence
-from headwater.phylogeny.moves import neighbour_joining
+from headwater.phylogeny.neighbour_joining import neighbour_joining
 from headwater.phylogeny.walks import walks_to
 
 

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from headwater.native import kept_njit
 from headwater.phylogeny.nexus import quoted
+from headwater.phylogeny.walks import canonical_tables
 
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float64]
@@ -56,13 +57,16 @@ class Trees:
         which no other node has. Entries 2(b-1) and 2(b-1) + 1 are the children of node n-1+b, the one with the smaller
         smallest leaf first; node n is the root, with leaf 0 and the rest.
         """
-        return _canonical(self.merges, np.empty((len(self), 0, 2)))[0].reshape(len(self), -1)
+        return canonical_tables(self.merges, np.zeros(self.merges.shape))[0]
 
     def canonical_lengths(self) -> Floats:
         """The lengths in the canonical table's order, float64 `[T, n-1, 2]`: above each child; the root's one edge in
         column 0 of its row. Raises ValueError where the trees have none.
         """
-        return _canonical(self.merges, self._some_lengths())[1]
+        tables, above = canonical_tables(self.merges, self._some_lengths())
+        lengths = np.take_along_axis(above, tables.astype(np.int64), axis=1).reshape(self.merges.shape)
+        lengths[:, 0, 1] = 0  # the root's two edges are one
+        return lengths
 
     def relabelled(self, taxa: Sequence[str]) -> Trees:
         """The same trees with leaves numbered as in `taxa`. Raises ValueError unless these are the same names."""
@@ -151,100 +155,6 @@ def _newick(table: list[list[int]], lengths: list[list[float]] | None, names: Se
             text.append("(")
             stack += [")", above(b, 1), table[b - 1][1], ",", above(b, 0), table[b - 1][0]]
     return "".join(text)
-
-
-@kept_njit()
-def _canonical(merges: Ints, lengths: Floats) -> tuple[Ints, Floats]:  # pragma: no cover - compiled
-    """Tables `[T, n-1, 2]` and, where lengths are given, the lengths in their order."""
-    trees, joins, _ = merges.shape
-    n = joins + 1
-    with_lengths = lengths.shape[1] > 0
-    tables = np.empty((trees, joins, 2), dtype=np.int32)
-    ordered = np.zeros((trees, joins if with_lengths else 0, 2))
-    parent = np.empty(2 * n, dtype=np.int64)
-    above = np.zeros(2 * n)  # length of the edge to the parent
-    at_left = np.empty(2 * n, dtype=np.int64)
-    at_right = np.empty(2 * n, dtype=np.int64)
-    smallest = np.empty(2 * n, dtype=np.int64)
-    length = np.zeros(2 * n)
-    name = np.empty(2 * n, dtype=np.int64)
-    path = np.empty(2 * n, dtype=np.int64)
-    root = 2 * n - 2
-    for t in range(trees):
-        for k in range(joins):
-            for side in range(2):
-                child = merges[t, k, side]
-                parent[child] = n + k
-                if with_lengths:
-                    above[child] = lengths[t, k, side]
-            at_left[n + k] = merges[t, k, 0]
-            at_right[n + k] = merges[t, k, 1]
-        for v in range(n):
-            length[v] = above[v]
-            smallest[v] = v
-            name[v] = v
-        for v in range(n, root):
-            length[v] = above[v]
-        # The two top nodes become neighbours: the edge between them has the whole length.
-        a, b = at_left[root], at_right[root]
-        whole = above[a] + above[b]
-        length[a] = whole
-        length[b] = whole
-        # Turn the edges on the way from the top to leaf 0: what was the parent becomes a child.
-        steps = 0
-        path[0] = 0
-        while path[steps] != root:
-            path[steps + 1] = parent[path[steps]]
-            steps += 1
-        # path[0] is leaf 0 and path[steps-1] one of the two top nodes; its neighbour is the other.
-        other = b if path[steps - 1] == a else a
-        for i in range(1, steps):
-            v = path[i]
-            below = path[i - 1]
-            new = path[i + 1] if i + 1 < steps else other
-            if at_left[v] == below:
-                at_left[v] = new
-            else:
-                at_right[v] = new
-        # Lengths on that way now belong to the node on the far side from leaf 0.
-        for i in range(steps - 1, 0, -1):
-            length[path[i]] = above[path[i - 1]]
-        if steps > 1:
-            length[other] = whole
-            rest = path[1]
-            rest_length = above[0]
-        else:  # leaf 0 is itself at the top
-            rest = other
-            rest_length = whole
-        # Smallest leaves, children first: off the way in their old order, then the way from its far end.
-        for k in range(joins - 1):
-            v = n + k
-            on_way = False
-            for i in range(1, steps):
-                on_way = on_way or path[i] == v
-            if not on_way:
-                smallest[v] = min(smallest[at_left[v]], smallest[at_right[v]])
-                name[v] = n - 1 + max(smallest[at_left[v]], smallest[at_right[v]])
-        for i in range(steps - 1, 0, -1):
-            v = path[i]
-            smallest[v] = min(smallest[at_left[v]], smallest[at_right[v]])
-            name[v] = n - 1 + max(smallest[at_left[v]], smallest[at_right[v]])
-        for k in range(joins - 1):
-            v = n + k
-            left, right = at_left[v], at_right[v]
-            if smallest[left] > smallest[right]:
-                left, right = right, left
-            row = name[v] - n
-            tables[t, row, 0] = name[left]
-            tables[t, row, 1] = name[right]
-            if with_lengths:
-                ordered[t, row, 0] = length[left]
-                ordered[t, row, 1] = length[right]
-        tables[t, 0, 0] = 0
-        tables[t, 0, 1] = name[rest]
-        if with_lengths:
-            ordered[t, 0, 0] = rest_length
-    return tables, ordered
 
 
 @kept_njit()

@@ -13,11 +13,16 @@ forests.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from headwater.native import kept_njit
+
+Lengths = TypeVar("Lengths", NDArray[np.float32], NDArray[np.float64])
 
 
 def tables_of(merges: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -27,12 +32,18 @@ def tables_of(merges: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Te
     merges: int32 `[T, n-1, 2]`. lengths: float32 `[T, n-1, 2]` above the children of each merge, of the last one in
     column 0 only; None for none, which gives zeros.
     """
-    count, n = len(merges), merges.shape[1] + 1
     if lengths is None:
-        lengths = torch.zeros(count, n - 1, 2)
-    tables, above = np.empty((count, 2 * (n - 1)), np.int32), np.zeros((count, 2 * n - 1), np.float32)
-    _tables_of(merges.int().contiguous().numpy(), lengths.float().contiguous().numpy(), tables, above)
+        lengths = torch.zeros(merges.shape)
+    tables, above = canonical_tables(merges.numpy(), lengths.float().numpy())
     return torch.from_numpy(tables), torch.from_numpy(above)
+
+
+def canonical_tables(merges: NDArray[np.int32], lengths: Lengths) -> tuple[NDArray[np.int32], Lengths]:
+    """The same of arrays, with lengths of any precision."""
+    count, n = len(merges), merges.shape[1] + 1
+    tables, above = np.empty((count, 2 * (n - 1)), np.int32), np.zeros((count, 2 * n - 1), lengths.dtype)
+    _tables_of(np.ascontiguousarray(merges, np.int32), np.ascontiguousarray(lengths), tables, above)
+    return tables, above
 
 
 def walks_to(tables: Tensor, above: Tensor | None, uniform: Tensor) -> tuple[Tensor, Tensor]:

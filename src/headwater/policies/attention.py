@@ -9,6 +9,7 @@ places is never read. Elsewhere, and as the reference that tests compare with, i
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -41,13 +42,27 @@ _LONGEST, _WIDEST = 64, 32
 def attention(packed: Tensor, heads: int) -> Tensor:
     """packed: queries, keys and values, one third each, heads one after another within a third,
     `[N, length, 3 * width]` -> `[N, length, width]`."""
-    _, length, thirds = packed.shape
-    width = thirds // 3
-    head_width = width // heads
-    fits = length <= _LONGEST and head_width <= _WIDEST and head_width % 4 == 0 and width % LANES == 0
-    if fits and packed.device.type == "cpu" and packed.dtype == torch.float32:
-        return _Attention.apply(packed, heads)  # type: ignore[no-untyped-call]
+    count, length, thirds = packed.shape
+    if _fits(packed, heads, length):
+        out = _Attention.apply(packed.reshape(-1, thirds), heads, ((count, length),))  # type: ignore[no-untyped-call]
+        return out.view(count, length, -1)
     return plain_attention(packed, heads)
+
+
+def attention_in_blocks(packed: Tensor, heads: int, blocks: Sequence[tuple[int, int]]) -> Tensor:
+    """The same for sequences of several lengths, end to end: `[rows, 3 * width]` -> `[rows, width]`.
+
+    blocks: (N, length), N sequences each; what is in rows after the last one comes out as zeros.
+    """
+    width = packed.shape[1] // 3
+    if _fits(packed, heads, max(length for _, length in blocks)):
+        return _Attention.apply(packed, heads, tuple(blocks))  # type: ignore[no-untyped-call]
+    start, mixed = 0, []
+    for count, length in blocks:
+        part = packed[start : start + count * length].view(count, length, -1)
+        mixed.append(plain_attention(part, heads).flatten(0, 1))
+        start += count * length
+    return torch.cat([*mixed, packed.new_zeros(len(packed) - start, width)])
 
 
 def plain_attention(packed: Tensor, heads: int) -> Tensor:
@@ -58,27 +73,44 @@ def plain_attention(packed: Tensor, heads: int) -> Tensor:
     return (weights @ value).transpose(1, 2).reshape(count, length, width)
 
 
+def _fits(packed: Tensor, heads: int, longest: int) -> bool:
+    width = packed.shape[-1] // 3
+    head_width = width // heads
+    fits = longest <= _LONGEST and head_width <= _WIDEST and head_width % 4 == 0 and width % LANES == 0
+    return fits and packed.device.type == "cpu" and packed.dtype == torch.float32
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, packed: Tensor, heads: int) -> Tensor:
+    def forward(ctx: Any, packed: Tensor, heads: int, blocks: tuple[tuple[int, int], ...]) -> Tensor:
         packed = packed.detach().contiguous()
         ctx.save_for_backward(packed)
-        ctx.heads = heads
-        count, length, thirds = packed.shape
-        out = packed.new_empty(count, length, thirds // 3)
-        forward, _ = _compiled(thirds // 3 // heads)
-        forward(_numbers(packed), _numbers(out), count, length, heads, _room(length, thirds // 3, 2, 1))
+        ctx.heads, ctx.blocks = heads, blocks
+        width = packed.shape[1] // 3
+        out = packed.new_empty(len(packed), width)
+        forward, _ = _compiled(width // heads)
+        start = 0
+        for count, length in blocks:
+            part = slice(start, start + count * length)
+            forward(_numbers(packed[part]), _numbers(out[part]), count, length, heads, _room(length, width, 2, 1))
+            start = part.stop
+        out[start:] = 0.0
         return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (packed,) = ctx.saved_tensors
-        count, length, thirds = packed.shape
-        by_packed = torch.empty_like(packed)
-        _, backward = _compiled(thirds // 3 // ctx.heads)
-        arrays = [_numbers(tensor) for tensor in (packed, gradients[0].detach().contiguous(), by_packed)]
-        backward(*arrays, count, length, ctx.heads, _room(length, thirds // 3, 5, 2))
-        return by_packed, None
+        width = packed.shape[1] // 3
+        by_out, by_packed = gradients[0].detach().contiguous(), torch.empty_like(packed)
+        _, backward = _compiled(width // ctx.heads)
+        start = 0
+        for count, length in ctx.blocks:
+            part = slice(start, start + count * length)
+            arrays = [_numbers(tensor[part]) for tensor in (packed, by_out, by_packed)]
+            backward(*arrays, count, length, ctx.heads, _room(length, width, 5, 2))
+            start = part.stop
+        by_packed[start:] = 0.0
+        return by_packed, None, None
 
 
 def _numbers(tensor: Tensor) -> np.ndarray:

@@ -21,6 +21,7 @@ from headwater.native import kept_njit
 
 _FEWEST_ROWS = 24
 """Below, a product is too small for its library to matter."""
+_ROWS_AT_ONCE = 2048
 _SHORT_ROW = 32
 """Softmax over rows of fewer entries than this is taken apart."""
 
@@ -92,7 +93,12 @@ def _multiply(x: Tensor, transposed: Tensor, bias: Tensor | None = None, then: s
 
 
 def _outer(x: Tensor, y: Tensor) -> Tensor:
-    """The transpose of x `[rows, m]` times y `[rows, n]`; oneDNN is slow where the last dimension is the small one."""
+    """The transpose of x `[rows, m]` times y `[rows, n]`; oneDNN is slow where the last dimension is the small one, and
+    where what it has to transpose leaves the processor's cache.
+    """
+    if len(x) > 2 * _ROWS_AT_ONCE:
+        parts = zip(x.split(_ROWS_AT_ONCE), y.split(_ROWS_AT_ONCE), strict=True)  # type: ignore[no-untyped-call]
+        return torch.stack([_outer(*part) for part in parts]).sum(0)
     return _multiply(x.t(), y.t()) if x.shape[1] <= y.shape[1] else _multiply(y.t(), x.t()).t()
 
 
@@ -106,7 +112,7 @@ def _has_onednn() -> bool:
         return False
 
 
-def _rounded(count: int) -> int:
+def rounded(count: int) -> int:
     """A number of rows that is not much larger and not much its own: oneDNN prepares itself anew for every number that
     it meets, which takes longer than the product.
     """
@@ -116,7 +122,7 @@ def _rounded(count: int) -> int:
 
 def _with_spare_rows(x: Tensor) -> Tensor:
     """x `[N, ...]` with rows of zeros after it, up to the rounded number."""
-    spare = _rounded(len(x)) - len(x)
+    spare = rounded(len(x)) - len(x)
     return torch.cat([x, x.new_zeros(spare, x.shape[1])]) if spare else x
 
 
@@ -154,7 +160,7 @@ class _Perceptron(torch.autograd.Function):
         condition: Tensor | None, head: Tensor | None, head_bias: Tensor | None,
     ) -> Tensor:  # fmt: skip
         count = len(tokens)
-        x = bias.expand(_rounded(count), -1).clone()
+        x = bias.expand(rounded(count), -1).clone()
         if condition is not None:
             x[:count] += condition
         _add_rows(tokens.contiguous().numpy(), offsets.numpy(), table.detach().numpy(), x.numpy())

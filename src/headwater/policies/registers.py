@@ -74,7 +74,7 @@ def _emit_power_of_two(builder: Any, x: Any) -> Any:
 # Coefficients of 2^x on [-1/2, 1/2], highest first, for the least relative error that leaves 1 at 0: 2e-9.
 _POWER_OF_TWO = (0.00015353362, 0.0013398875, 0.00961843692, 0.0555033237, 0.240226477, 0.693147182, 1.0)
 
-_EXPONENT = _constant(_INTEGERS, 0x7F800000)
+_ZERO, _EXPONENT = _constant(_FLOATS, 0.0), _constant(_INTEGERS, 0x7F800000)
 
 
 def _emit_exponent(builder: Any, x: Any) -> Any:
@@ -92,6 +92,8 @@ subtract = _operation(2, lambda builder, x, y: builder.fsub(x, y))
 multiply = _operation(2, lambda builder, x, y: builder.fmul(x, y))
 multiply_add = _operation(3, _emit_multiply_add)
 maximum = _operation(2, lambda builder, x, y: builder.select(builder.fcmp_ordered(">", x, y), x, y))
+where_positive = _operation(2, lambda builder, x, y: builder.select(builder.fcmp_ordered(">", x, _ZERO), y, _ZERO))
+"""y where x > 0, else 0."""
 reciprocal = _operation(1, lambda builder, x: builder.fdiv(_constant(_FLOATS, 1.0), x))
 power_of_two = _operation(1, _emit_power_of_two)
 """2^x for x <= 0 to a relative error of 2e-7, and 0 below -126.5: bits of the exponent times a polynomial."""

@@ -170,7 +170,8 @@ class Bench:
         scores = fitch.scores(sites.leaves, merges) + sites.constant
         group = Group(
             f"Parsimony of given trees, a gap is {'a fifth state' if gaps == 'state' else 'missing data'}",
-            "trees", "dnapars also works out the states at every node and draws every tree into its output file.", [Contender(OURS, here(work))],
+            "trees", "dnapars also works out the states at every node and draws every tree into its output file.",
+            [Contender(OURS, here(work))],
         )  # fmt: skip
         self._join(group, "PHYLIP", "PHYLIP dnapars", lambda at: self.files.dnapars(at, gaps == "state"), scores)
         return group
@@ -243,8 +244,8 @@ class Bench:
         group = Group(
             "Training: trajectories drawn, scored and learned from, JC69", "trajectories",
             "Headwater: half from the policy, half from chains. PhyloGFN: half from the policy, half from the best "
-            "trees. Each with its own batch and network; the second of ours has one of their width and depth, which has "
-            "fewer parameters since it sees distinct columns, not sites. Ratios are of both.",
+            "trees. Each with its own batch and network; the second of ours has one of their width and depth, and fewer "
+            "parameters since it sees distinct columns, not sites. Ratios are of both.",
             [],
         )  # fmt: skip
         for name, network in ((OURS, ForestNetwork()), (f"{OURS}, a network of their size", THEIR_SIZE)):

@@ -244,7 +244,7 @@ class Bench:
         group = Group(
             "Training: trajectories drawn, scored and learned from, JC69", "trajectories",
             "Headwater: half from the policy, half from chains. PhyloGFN: half from the policy, half from the best "
-            "trees. Each with its own batch and network; the second of ours has one of their width and depth, and fewer "
+            "trees. Each with its own batch and network; the second of ours has their width and depth, and fewer "
             "parameters since it sees distinct columns, not sites. Ratios are of both.",
             [],
         )  # fmt: skip

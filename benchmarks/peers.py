@@ -19,6 +19,8 @@ class Peer:
     address: str
     commit: str
     packages: tuple[str, ...]
+    is_package: bool = True
+    """False for a checkout that is run where it lies."""
 
 
 PEERS = {
@@ -39,6 +41,16 @@ PEERS = {
             "torch==2.13.0", "numpy==1.26.4", "tensordict==0.15.3", "torch_geometric==2.8.1", "einops", "dill",
             "linear-attention-transformer", "poetry-core",
         ),
+    ),
+    "phylogfn": Peer(
+        "phylogfn",
+        "https://github.com/zmy1116/phylogfn",
+        "6a46f8682ff479961d66a367fec5ee9e798fc335",
+        (
+            "torch==2.13.0", "numpy==1.26.4", "ete3==3.1.3", "six", "dill", "docopt", "fvcore", "iopath", "matplotlib",
+            "scipy", "tqdm",
+        ),
+        is_package=False,
     ),
 }  # fmt: skip
 
@@ -70,7 +82,8 @@ def install(name: str, folder: Path, checkout: Path | None = None) -> Installed:
         venv.create(home, with_pip=True)
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, *peer.packages], check=True)
-        subprocess.run([*pip, "--no-deps", "--no-build-isolation", str(checkout)], check=True)
+        if peer.is_package:
+            subprocess.run([*pip, "--no-deps", "--no-build-isolation", str(checkout)], check=True)
     return Installed(python, checkout.resolve(), _commit(checkout))
 
 

@@ -25,7 +25,8 @@ class Task:
     """What to train, the same for every contender."""
 
     environment: str = "hypergrid"
-    """hypergrid, bits (120 bits in words of 8, placed in any order) or sequences (8 letters of 4, appended)."""
+    """hypergrid, bits (120 bits in words of 8, placed in any order), sequences (8 letters of 4, appended) or trees
+    (over the taxa of an alignment)."""
     objective: str = "tb"
     dimensions: int = 4
     side: int = 20

@@ -126,7 +126,7 @@ def rounded(count: int) -> int:
     """A number of rows that is not much larger and not much its own: oneDNN prepares itself anew for every number that
     it meets, which takes longer than the product.
     """
-    unit = max(32, 1 << max(count.bit_length() - 5, 0))
+    unit = max(16, 1 << max(count.bit_length() - 6, 0))
     return -(-count // unit) * unit
 
 

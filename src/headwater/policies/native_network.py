@@ -25,7 +25,6 @@ _LARGEST = 512
 """Units of a layer: the weights of wider ones do not stay in a processor's cache, where a product of matrices reads
 them once for all rows.
 """
-_FACTOR = 0x2545F4914F6CDD1D
 
 
 class NativeNetwork(NamedTuple):
@@ -61,34 +60,29 @@ def native_network(torso: object, heads: Linear, condition: Tensor | None) -> Na
     tensors = [torso.table, torso.bias, torso.hidden, torso.hidden_bias, heads.weight.t(), heads.bias, added]
     if not is_on_cpu(*tensors):
         return None
-    return NativeNetwork(torso.offsets.numpy(), *(tensor.detach().contiguous().numpy() for tensor in tensors))
+    return NativeNetwork(torso.offsets.numpy(), *[tensor.detach().contiguous().numpy() for tensor in tensors])
 
 
 @kept_njit()
 def fingerprint(network, states, lengths):  # type: ignore[no-untyped-def]
     """64 bits of all that the hidden layers' results depend on for the packed steps of trajectories."""
     _, table, bias, hidden, hidden_bias, _, _, condition = network
-    value = np.int64(0)
+    value = _hash(lengths.view(np.int32), _hash(states.ravel(), np.uint64(0)))
     for weights in (table.ravel(), bias, hidden.ravel(), hidden_bias.ravel(), condition.ravel()):
         value = _hash(weights.view(np.int32), value)
-    return _hash(lengths.view(np.int32), _hash(states.ravel(), value))
+    return np.int64(value)
 
 
 @kept_njit()
 def _hash(numbers, value):  # type: ignore[no-untyped-def]
-    lanes = np.empty(4 * LANES, np.int64)  # each a chain of its own, so that a processor need not wait
-    for lane in range(lanes.size):
-        lanes[lane] = value + lane
-    whole = numbers.size - numbers.size % lanes.size
-    for i in range(0, whole, lanes.size):
-        for lane in range(lanes.size):
-            lanes[lane] = (lanes[lane] ^ np.int64(numbers[i + lane])) * np.int64(_FACTOR)
-    for i in range(whole, numbers.size):
-        lanes[i - whole] = (lanes[i - whole] ^ np.int64(numbers[i])) * np.int64(_FACTOR)
-    value = np.int64(numbers.size)
-    for lane in range(lanes.size):
-        value = (value ^ (lanes[lane] >> 29) ^ lanes[lane]) * np.int64(_FACTOR)
-    return value
+    """NH of UMAC (Black et al. 1999), keys from a counter: sums of products, which a processor does side by side."""
+    factor, low = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xFFFFFFFF)
+    pairs = numbers[: numbers.size - numbers.size % 2].view(np.uint64)
+    total = np.uint64(numbers[-1]) if numbers.size % 2 else np.uint64(0)
+    for i in range(pairs.size):
+        x = pairs[i] + np.uint64(i + 1) * factor
+        total += (x & low) * (x >> np.uint64(32))
+    return ((value ^ (value >> np.uint64(29))) * factor + total) * factor
 
 
 @kept_njit()

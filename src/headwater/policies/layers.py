@@ -51,8 +51,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = False) -> Tenso
 class Activations:
     """What the hidden layers of a perceptron gave for N inputs, ReLU applied: for learning to start from.
 
-    layers: `[layers, R or more, width]`. rows: `[N]` int64, the row of each input; equal inputs may share one. count:
-    R, the rows that are in use.
+    layers: `[layers, rounded(R), width]`, zeros after the R rows that are in use. rows: `[N]` int64, the row of each
+    input; equal inputs may share one. count: R.
     """
 
     layers: Tensor
@@ -172,10 +172,8 @@ class _Perceptron(torch.autograd.Function):
         if activations is None:
             rows, layers = None, _run_layers(tokens, offsets, table, bias, hidden, hidden_bias, condition)
         else:
-            rows, layers = activations.rows, list(activations.layers[:, : rounded(activations.count)])
+            rows, layers = activations.rows, list(activations.layers)
             ctx.count = activations.count
-            for layer in layers:
-                layer[activations.count :] = 0
         ctx.save_for_backward(tokens, offsets, table, hidden, head, rows, *layers)
         output = layers[-1] if head is None else _multiply(layers[-1], head.t(), head_bias)
         return output[: len(tokens)] if rows is None else output[rows]

@@ -239,7 +239,9 @@ class _Record:
         walk = Walk(*(torch.from_numpy(array) for array in (states, actions, lengths, log_prob)))
         if not self.kept:
             return walk
-        return replace(walk, activations=Activations(self.layers, torch.from_numpy(rows), self.computed))
+        layers = self.layers[:, : rounded(self.computed)]
+        layers[:, self.computed :] = 0
+        return replace(walk, activations=Activations(layers, torch.from_numpy(rows), self.computed))
 
 
 def _native_forward(

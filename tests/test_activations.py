@@ -1,4 +1,4 @@
-"""What a rollout computed, as the start of learning: the numbers of a forward pass, and never those of other weights."""
+"""What a rollout computed, as the start of learning: the numbers of a forward pass, never those of other weights."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ class _Perceptron(torch.autograd.Function):
             ctx.count = activations.count
         ctx.save_for_backward(tokens, offsets, table, hidden, head, rows, *layers)
         output = layers[-1] if head is None else _multiply(layers[-1], head.t(), head_bias)
-        return output[: len(tokens)] if rows is None else output[rows]
+        return output[: len(tokens)] if rows is None else output.index_select(0, rows)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -188,8 +188,8 @@ class _Perceptron(torch.autograd.Function):
         else:
             gradient = gradient.new_zeros(len(layers[0]), gradient.shape[1]).index_add_(0, rows, gradient)
             first = rows.new_empty(ctx.count)
-            first[rows] = torch.arange(len(rows))
-            n_tokens, tokens = len(tokens), tokens[first]
+            _first_of_rows(rows.numpy(), first.numpy())
+        of_rows = tokens if first is None else tokens.index_select(0, first)
         by_head, by_head_bias = None, None
         if head is not None:
             by_head, by_head_bias = _outer(layers[-1], gradient), gradient.sum(0)
@@ -199,12 +199,12 @@ class _Perceptron(torch.autograd.Function):
             by_hidden.append(_outer(layers[i], gradient))
             torch.sum(gradient, 0, out=by_hidden_bias[i])
             gradient = _multiply(gradient, hidden[i])
-        gradient = _relu_gradient(gradient, layers[0])[: len(tokens)]
+        gradient = _relu_gradient(gradient, layers[0])[: len(of_rows)]
         by_table = torch.zeros_like(table)
-        _scatter_rows(tokens.contiguous().numpy(), offsets.numpy(), gradient.numpy(), by_table.numpy())
-        by_condition = None
-        if ctx.needs_input_grad[6]:
-            by_condition = gradient if first is None else gradient.new_zeros(n_tokens, gradient.shape[1]).index_copy_(0, first, gradient)
+        _scatter_rows(of_rows.contiguous().numpy(), offsets.numpy(), gradient.numpy(), by_table.numpy())
+        by_condition = gradient if ctx.needs_input_grad[6] else None
+        if by_condition is not None and first is not None:
+            by_condition = gradient.new_zeros(len(tokens), gradient.shape[1]).index_copy_(0, first, gradient)
         by_layers = by_table, gradient.sum(0), _stacked(by_hidden[::-1], hidden), by_hidden_bias
         return None, None, *by_layers, by_condition, by_head, by_head_bias, None
 
@@ -223,6 +223,13 @@ def _run_layers(
     for weight, layer_bias in zip(hidden.detach(), hidden_bias.detach(), strict=True):
         layers.append(_multiply(layers[-1], weight.t(), layer_bias, "relu"))
     return layers
+
+
+@kept_njit()
+def _first_of_rows(rows, out):  # type: ignore[no-untyped-def]
+    """The first input of each row."""
+    for i in range(rows.size - 1, -1, -1):
+        out[rows[i]] = i
 
 
 def _stacked(layers: list[Tensor], like: Tensor) -> Tensor:

@@ -16,9 +16,11 @@ from torch import Tensor
 from headwater.native import kept_njit
 from headwater.policies.layers import Linear, is_on_cpu
 from headwater.policies.networks import MLP
-from headwater.policies.registers import LANES, add_rows_to_1, add_rows_to_4, add_rows_to_16, positive
+from headwater.policies.registers import LANES, adding, positive
 
 _BLOCK = 32
+_WIDEST = 16
+add_to_widest, add_to_four = adding(_WIDEST), adding(4)
 MOST_ROWS = 48
 """States that are run at once: for more, a product of matrices is faster."""
 _LARGEST = 512
@@ -118,25 +120,24 @@ def hidden_of_rows(network, states, ids, live, first, layers, rows):  # type: ig
             _positive(below[i], active[i], passed[i])
             for k in range(width):
                 above[i, k] = hidden_bias[layer, k]
-        column = 0
-        while column < width:
-            left = width - column
+        for column in range(0, width, _WIDEST * LANES):
             for block in range(blocks):  # weights that all rows use before they leave the cache
                 for i in range(count):
-                    start, stop, x, y = passed[i, block], passed[i, block + 1], below[i], above[i]
-                    if left >= 16 * LANES:
-                        add_rows_to_16(weight, width, column, active[i], start, stop, x, y, column)
-                    elif left >= 4 * LANES:
-                        add_rows_to_4(weight, width, column, active[i], start, stop, x, y, column)
-                    elif left >= LANES:
-                        add_rows_to_1(weight, width, column, active[i], start, stop, x, y, column)
+                    start, stop = passed[i, block], passed[i, block + 1]
+                    if column + _WIDEST * LANES <= width:
+                        add_to_widest(weight, width, column, active[i], start, stop, below[i], above[i], column)
                     else:
-                        _add_rows(weight, column, active[i], start, stop, x, y)
-            column += 16 * LANES if left >= 16 * LANES else 4 * LANES if left >= 4 * LANES else LANES
+                        _add_rows(weight, column, active[i], start, stop, below[i], above[i])
     for row in range(first, free):
         for k in range(width):
-            layers[hidden.shape[0], row, k] = max(layers[hidden.shape[0], row, k], np.float32(0))
+            layers[hidden.shape[0], row, k] = _relu(layers[hidden.shape[0], row, k])
     return free
+
+
+@kept_njit()
+def _relu(x):  # type: ignore[no-untyped-def]
+    """What is not a number stays so, for the loss to show it."""
+    return np.float32(0) if x <= 0 else x
 
 
 @kept_njit()
@@ -168,7 +169,10 @@ def outputs_of_rows(network, layers, rows, live, first, out):  # type: ignore[no
 
 @kept_njit()
 def _add_rows(weight, column, chosen, start, stop, x, y):  # type: ignore[no-untyped-def]
-    """What `add_rows_to_1` does, for columns that fill no register."""
+    """What `add_to_widest` does, for the columns from `column` on."""
+    while column + 4 * LANES <= y.size:
+        add_to_four(weight, y.size, column, chosen, start, stop, x, y, column)
+        column += 4 * LANES
     for i in range(start, stop):
         for k in range(column, y.size):
             y[k] += x[chosen[i]] * weight[chosen[i] * y.size + k]
@@ -188,6 +192,6 @@ def _positive(x, active, passed):  # type: ignore[no-untyped-def]
         if k % _BLOCK == 0:
             passed[k // _BLOCK] = count
         active[count] = k
-        count += x[k] > 0
-        x[k] = max(x[k], np.float32(0))
+        x[k] = _relu(x[k])
+        count += x[k] != 0
     passed[passed.size - 1] = count

@@ -122,13 +122,13 @@ def store(typing, numbers, start, register):  # type: ignore[no-untyped-def]
 
 @_lowered
 def positive(typing, numbers, start, places, places_start):  # type: ignore[no-untyped-def]
-    """ReLU of a register's worth of `numbers`, in place; the places of those above 0 go into `places` (int32), which
-    needs room for a whole register, one after another. Returns how many there are."""
+    """ReLU of a register's worth of `numbers`, in place; the places of those that are left go into `places` (int32),
+    which needs room for a whole register, one after another. Returns how many there are."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         place = _place(context, builder, signature.args[0], *arguments[:2])
         x, zero = builder.load(place, align=4), _constant(_FLOATS, 0.0)
-        above = builder.fcmp_ordered(">", x, zero)
+        above = builder.fcmp_unordered(">", x, zero)  # or not a number, which is not to be hidden
         builder.store(builder.select(above, x, zero), place, align=4)
         first = _in_every_lane(builder, builder.trunc(arguments[1], ir.IntType(32)), _INTEGERS)
         every = builder.add(first, ir.Constant(_INTEGERS, list(range(LANES))))
@@ -136,7 +136,7 @@ def positive(typing, numbers, start, places, places_start):  # type: ignore[no-u
         name = f"llvm.experimental.vector.compress.v{LANES}i32"
         compress = cgutils.get_or_insert_function(builder.module, kind, name)  # type: ignore[no-untyped-call]
         chosen = builder.call(compress, [every, above, ir.Constant(_INTEGERS, ir.Undefined)])
-        target = _place(context, builder, signature.args[2], *arguments[2:], _INTEGERS)
+        target = _place(context, builder, signature.args[2], arguments[2], arguments[3], _INTEGERS)
         builder.store(chosen, target, align=4)
         bits = builder.bitcast(above, ir.IntType(LANES))
         return builder.zext(builder.ctpop(bits), ir.IntType(64))
@@ -144,8 +144,8 @@ def positive(typing, numbers, start, places, places_start):  # type: ignore[no-u
     return types.int64(numbers, types.int64, places, types.int64), code
 
 
-def _adding(count: int) -> Any:
-    """`add_rows` for so many registers side by side."""
+def adding(count: int) -> Any:
+    """`add_rows` for so many registers side by side, no more than a processor has."""
 
     @_lowered
     def add_rows(typing, rows, stride, first, chosen, start, stop, x, y, y_start):  # type: ignore[no-untyped-def]
@@ -162,8 +162,11 @@ def _adding(count: int) -> Any:
 
             _, stride, first, _, start, stop, _, _, y_start = arguments
             places = [register(7, y_start, number) for number in range(count)]
-            sums = [cgutils.alloca_once_value(builder, builder.load(place, align=4)) for place in places]  # type: ignore[no-untyped-call]
-            with cgutils.for_range_slice(builder, start, stop, start.type(1)) as (i, _):  # type: ignore[no-untyped-call]
+            sums = [
+                cgutils.alloca_once_value(builder, builder.load(place, align=4))  # type: ignore[no-untyped-call]
+                for place in places
+            ]
+            with cgutils.for_range_slice(builder, start, stop, start.type(1)) as (i, _):
                 number = builder.sext(builder.load(pointer(3, i)), start.type)
                 value = _in_every_lane(builder, builder.load(pointer(6, number)))
                 row = builder.add(builder.mul(number, stride), first)
@@ -178,9 +181,6 @@ def _adding(count: int) -> Any:
         return types.void(rows, integer, integer, chosen, integer, integer, x, y, integer), code
 
     return add_rows
-
-
-add_rows_to_16, add_rows_to_4, add_rows_to_1 = _adding(16), _adding(4), _adding(1)
 
 
 @_lowered

@@ -12,7 +12,7 @@ exit finishes the trajectory without asking the network.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -236,12 +236,13 @@ class _Record:
         lengths = np.zeros(count, np.int64)
         recorded = self.states, self.actions, self.ids, self.rows, self.filled
         pack(*recorded, backward, states, actions, rows, lengths)
-        walk = Walk(*(torch.from_numpy(array) for array in (states, actions, lengths, log_prob)))
-        if not self.kept:
-            return walk
-        layers = self.layers[:, : rounded(self.computed)]
-        layers[:, self.computed :] = 0
-        return replace(walk, activations=Activations(layers, torch.from_numpy(rows), self.computed))
+        activations = None
+        if self.kept:
+            layers = self.layers[:, : rounded(self.computed)]
+            layers[:, self.computed :] = 0
+            activations = Activations(layers, torch.from_numpy(rows), self.computed)
+        packed, taken, counts, total = (torch.from_numpy(array) for array in (states, actions, lengths, log_prob))
+        return Walk(packed, taken, counts, total, activations)
 
 
 def _native_forward(

@@ -16,11 +16,10 @@ from torch import Tensor
 from headwater.native import kept_njit
 from headwater.policies.layers import Linear, is_on_cpu
 from headwater.policies.networks import MLP
-from headwater.policies.registers import LANES, adding, positive
+from headwater.policies.registers import LANES, SUMS, adding, positive
 
 _BLOCK = 32
-_WIDEST = 16
-add_to_widest, add_to_four = adding(_WIDEST), adding(4)
+_add_to_most, _add_to_four = adding(SUMS), adding(4)
 MOST_ROWS = 48
 """States that are run at once: for more, a product of matrices is faster."""
 _LARGEST = 512
@@ -120,12 +119,12 @@ def hidden_of_rows(network, states, ids, live, first, layers, rows):  # type: ig
             _positive(below[i], active[i], passed[i])
             for k in range(width):
                 above[i, k] = hidden_bias[layer, k]
-        for column in range(0, width, _WIDEST * LANES):
+        for column in range(0, width, SUMS * LANES):
             for block in range(blocks):  # weights that all rows use before they leave the cache
                 for i in range(count):
                     start, stop = passed[i, block], passed[i, block + 1]
-                    if column + _WIDEST * LANES <= width:
-                        add_to_widest(weight, width, column, active[i], start, stop, below[i], above[i], column)
+                    if column + SUMS * LANES <= width:
+                        _add_to_most(weight, width, column, active[i], start, stop, below[i], above[i], column)
                     else:
                         _add_rows(weight, column, active[i], start, stop, below[i], above[i])
     for row in range(first, free):
@@ -169,9 +168,9 @@ def outputs_of_rows(network, layers, rows, live, first, out):  # type: ignore[no
 
 @kept_njit()
 def _add_rows(weight, column, chosen, start, stop, x, y):  # type: ignore[no-untyped-def]
-    """What `add_to_widest` does, for the columns from `column` on."""
+    """What `_add_to_most` does, for the columns from `column` on."""
     while column + 4 * LANES <= y.size:
-        add_to_four(weight, y.size, column, chosen, start, stop, x, y, column)
+        _add_to_four(weight, y.size, column, chosen, start, stop, x, y, column)
         column += 4 * LANES
     for i in range(start, stop):
         for k in range(column, y.size):

@@ -10,13 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import ir  # type: ignore[import-untyped]
+from llvmlite import binding, ir  # type: ignore[import-untyped]
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 LANES = 16
 _FLOATS, _INTEGERS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
+
+SUMS = 16 if binding.get_host_cpu_features().get("avx512f") else 4
+"""Registers' worth of sums that a processor can keep while it adds to them: AVX-512 has 32 registers of this size, AVX2
+and NEON have room for 8.
+"""
 
 _lowered: Any = intrinsic
 
@@ -145,7 +150,7 @@ def positive(typing, numbers, start, places, places_start):  # type: ignore[no-u
 
 
 def adding(count: int) -> Any:
-    """`add_rows` for so many registers side by side, no more than a processor has."""
+    """`add_rows` for so many registers side by side, at most `SUMS`."""
 
     @_lowered
     def add_rows(typing, rows, stride, first, chosen, start, stop, x, y, y_start):  # type: ignore[no-untyped-def]

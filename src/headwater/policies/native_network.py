@@ -45,6 +45,11 @@ class NativeNetwork(NamedTuple):
     heads_bias: np.ndarray
     condition: np.ndarray
 
+    @property
+    def units(self) -> int:
+        """Of all hidden layers together."""
+        return (len(self.hidden) + 1) * len(self.bias)
+
     def room(self, rows: int) -> Tensor:
         """For what the hidden layers give in so many rows, `[layers, rows, width]`."""
         return torch.empty(len(self.hidden) + 1, rows, len(self.bias))  # aligned to cache lines, as numpy's is not

@@ -196,7 +196,9 @@ class _Record:
         self.actions, self.ids, self.rows = (np.empty(capacity, np.int64) for _ in range(3))
         self.filled = self.computed = 0
         self.network, self.kept = network, kept and network is not None
-        self.layers = torch.empty(0) if network is None else network.room(rounded(capacity) if kept else MOST_ROWS)
+        self.layers = torch.empty(0)
+        if network is not None:
+            self._reserve_layers(rounded(capacity), network)
 
     @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
@@ -212,18 +214,16 @@ class _Record:
             self.states = np.resize(self.states, (capacity, self.states.shape[1]))
             resized = [np.resize(array, capacity) for array in (self.actions, self.ids, self.rows)]
             self.actions, self.ids, self.rows = resized
-            if self.kept:
-                self._reserve_layers(rounded(capacity))
+            if self.network is not None and self.kept:
+                self._reserve_layers(rounded(capacity), self.network)
 
-    def _reserve_layers(self, capacity: int) -> None:
-        assert self.network is not None
-        before = self.layers[:, : self.computed]
-        self.kept = capacity * before[:, 0].numel() <= _MOST_KEPT
-        self.layers = self.network.room(capacity if self.kept else MOST_ROWS)
-        if self.kept:
-            self.layers[:, : self.computed] = before
-        else:
-            self.computed = 0
+    def _reserve_layers(self, capacity: int, network: NativeNetwork) -> None:
+        """Room for so many rows if they are kept; where that would be too much, they are not."""
+        self.kept = self.kept and capacity * network.units <= _MOST_KEPT
+        before, self.layers = self.layers, network.room(capacity if self.kept else MOST_ROWS)
+        self.computed = self.computed if self.kept else 0
+        if self.computed:
+            self.layers[:, : self.computed] = before[:, : self.computed]
 
     def run_rest(self) -> None:
         """Run the network on the states where there was no action to draw, so that all of them have a row."""

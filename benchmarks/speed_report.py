@@ -1,5 +1,6 @@
 """The results of `speed.py` as one page of Markdown tables and three pictures: `python benchmarks/speed_report.py
-results/speed-....json` writes them again, next to the file.
+results/speed-....json` writes them again, next to the file. With a second file, the parts that were measured in it
+take the place of those in the first, and say where they come from.
 """
 
 from __future__ import annotations
@@ -27,8 +28,27 @@ def write_report(path: Path) -> None:
         ("by_horizon", lambda rows: _curve(rows[-1], "horizon", "longest possible", path, "speed-horizon.svg")),
     ]
     page = [_head(results["provenance"], path)]
-    page += [section(results[name]) for name, section in parts if name in results]
+    apart = results.get("measured_apart", {})
+    page += [_with_source(section(results[name]), apart.get(name)) for name, section in parts if name in results]
     path.with_name("speed.md").write_text("\n\n".join(page) + "\n")
+
+
+def replace_parts(path: Path, later: Path) -> None:
+    """Put the parts in the results file `later` in the place of those in the one at `path`."""
+    results, new = json.loads(path.read_text()), json.loads(later.read_text())
+    facts = new.pop("provenance")
+    results |= new
+    results.setdefault("measured_apart", {}).update(dict.fromkeys(new, facts))
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _with_source(section: str, facts: Row | None) -> str:
+    """A section that was measured apart from the rest says when, and of what."""
+    if facts is None:
+        return section
+    heading, _, rest = section.partition("\n\n")
+    ours = facts["commit"][:10] + " with changes" * facts["commit"].endswith("changes")
+    return f"{heading}\n\n    {facts['command']}\n\nMeasured apart, {facts['date']}; ours at {ours}.\n\n{rest}"
 
 
 def _head(facts: Row, path: Path) -> str:
@@ -159,4 +179,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 if __name__ == "__main__":
+    for later_file in sys.argv[2:]:
+        replace_parts(Path(sys.argv[1]), Path(later_file))
     write_report(Path(sys.argv[1]))

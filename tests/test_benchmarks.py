@@ -20,7 +20,7 @@ from headwater.environments.base import Tokens  # noqa: E402
 from headwater.policies import EnvironmentPolicy, Network  # noqa: E402
 from headwater.recipes.hypergrid import HypergridRecipe  # noqa: E402
 from measurements import Bench, Exact, by_length  # noqa: E402
-from speed_report import write_report  # noqa: E402
+from speed_report import replace_parts, write_report  # noqa: E402
 
 RUNTIME = Runtime(Path(sys.executable), "headwater_worker.py")
 SMALL = Task(dimensions=2, side=6, learning_rate=0.0, log_z_learning_rate=0.0)
@@ -39,6 +39,15 @@ def test_a_worker_draws_at_the_length_it_is_given_keeps_it_at_rate_zero_and_is_c
     write_report(path)
     assert "![" in (tmp_path / "speed.md").read_text()
     assert (tmp_path / "speed-length.svg").read_text().startswith("<svg")
+    later = tmp_path / "later.json"
+    source = facts | {"command": "a later command", "commit": "abc"}
+    later.write_text(json.dumps({"provenance": source, "by_length": [[long, short]]}))
+    replace_parts(path, later)
+    write_report(path)
+    assert json.loads(path.read_text())["by_length"] == [[long, short]]
+    _, _, section = (tmp_path / "speed.md").read_text().partition("## Cost over")
+    assert "    a later command\n" in section
+    assert "ours at abc" in section
 
 
 def test_a_worker_that_learns_comes_closer_to_the_exact_distribution(tmp_path: Path) -> None:

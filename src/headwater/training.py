@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from headwater.adam import adam_step, clear_gradients
 from headwater.conditions import Conditions
 from headwater.events import Events
 from headwater.native import keep_freed_memory
@@ -172,7 +173,7 @@ class Trainer:
         loss = total = self.objective(log_probs, batch)
         if self.explorer is not None:
             total = loss + self.explorer.loss(self.objective, log_probs, batch, self.generator)
-        self.optimizer.zero_grad()
+        clear_gradients(self.optimizer)
         total.backward()  # type: ignore[no-untyped-call]
         gradient_norm = norms = self._clip_gradient(self.policy)
         if self.explorer is not None:
@@ -181,7 +182,7 @@ class Trainer:
             self._refuse(batch, total, norms)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * self.training.rate(progress)
-        self.optimizer.step()
+        adam_step(self.optimizer)
         self.policy.version += 1
         self._move_average()
         self.search.publish()
@@ -205,7 +206,7 @@ class Trainer:
         walked = self.policy.sample_backward(replayed, self.generator)
         return self.search.searcher.with_step_rewards(walked) if self.search.searcher.step_rewards else walked
 
-    def _optimizer(self) -> torch.optim.Optimizer:
+    def _optimizer(self) -> torch.optim.Adam:
         log_z, learnt = self.policy.log_z_parameters(), list(self.policy.parameters())
         if self.explorer is not None:
             log_z, learnt = log_z + self.explorer.log_z_parameters(), learnt + list(self.explorer.own.parameters())

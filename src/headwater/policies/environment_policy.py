@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -13,14 +14,23 @@ from torch import Tensor, nn
 
 from headwater.environments.base import Environment, Objects, identity
 from headwater.policies.base import NO_EXPLORATION, Exploration, LogProbs, Policy, StatePolicy
-from headwater.policies.layers import Linear
+from headwater.policies.layers import Activations, Linear
 from headwater.policies.native_log_probs import MOST_ACTIONS, NEVER, step_log_probs
-from headwater.policies.native_network import NativeNetwork, native_network
+from headwater.policies.native_network import NativeNetwork, fingerprint, native_network
 from headwater.policies.networks import Network
 from headwater.policies.rollout import Walk, explored, walk_backward, walk_forward
 from headwater.trajectories import Trajectories
 
 Backward = Literal["uniform", "learned", "maximum-entropy", "tlm"]
+
+
+@dataclass(frozen=True)
+class _Rollout:
+    """The last one's states, and what the hidden layers gave on it with the weights that the fingerprint tells."""
+
+    states: Tensor
+    activations: Activations
+    fingerprint: int
 
 
 class EnvironmentPolicy(StatePolicy):
@@ -49,6 +59,7 @@ class EnvironmentPolicy(StatePolicy):
             )
         network = network or Network()
         self.environment, self.backward_kind = environment, backward
+        self._last_rollout: _Rollout | None = None
         self.torso = network.build(environment.feature_type)
         self.sizes = (environment.n_actions, environment.n_backward_actions if self._learns_backward else 0, 1)
         self.heads = Linear(network.width, sum(self.sizes))
@@ -91,6 +102,7 @@ class EnvironmentPolicy(StatePolicy):
         """
         condition = self._checked(condition)
         generator = generator or torch.default_generator
+        self._last_rollout = None  # its memory is what the next one needs
         with torch.no_grad():
             embedded = self.embed_condition(condition) if self.condition_size else None
 
@@ -98,10 +110,13 @@ class EnvironmentPolicy(StatePolicy):
                 hidden = self.torso(self.environment.features(states), None if embedded is None else embedded[ids])
                 return self.heads(hidden) if head is None else head(hidden, states, ids)
 
+            network = self._native_network(embedded) if head is None else None
             walk = walk_forward(
-                self.environment, logits, len(condition), exploration, generator, condition.device,
-                self._native_network(embedded) if head is None else None, states,
-            )  # fmt: skip
+                self.environment, logits, len(condition), exploration, generator, condition.device, network, states
+            )
+        if walk.activations is not None:
+            known = fingerprint(network, walk.states.numpy(), walk.lengths.numpy())
+            self._last_rollout = _Rollout(walk.states, walk.activations, known)
         return self._trajectories(walk, condition)
 
     def sample_backward(self, trajectories: Trajectories, generator: torch.Generator | None = None) -> Trajectories:
@@ -166,8 +181,19 @@ class EnvironmentPolicy(StatePolicy):
 
     def hidden(self, trajectories: Trajectories, head: Linear | None = None) -> Tensor:
         """What the torso makes of the state that each step leaves: `[S, network width]`, or `head` of it."""
-        embedded = self.embed_condition(trajectories.condition)[trajectories.index] if self.condition_size else None
-        return self.torso(self.environment.features(trajectories.steps["state"]), embedded, head)
+        embedded = self.embed_condition(trajectories.condition) if self.condition_size else None
+        condition = None if embedded is None else embedded[trajectories.index]
+        features = self.environment.features(trajectories.steps["state"])
+        return self.torso(features, condition, head, self._known_activations(trajectories, embedded))
+
+    def _known_activations(self, trajectories: Trajectories, embedded: Tensor | None) -> Activations | None:
+        """Those of the last rollout, if these are its trajectories and nothing has changed since then."""
+        last, states = self._last_rollout, trajectories.steps["state"]
+        network = self._native_network(embedded) if last is not None and last.states is states else None
+        if last is None or network is None:
+            return None
+        now = fingerprint(network, states.numpy(), trajectories.lengths.numpy())
+        return last.activations if now == last.fingerprint else None
 
     def _output(self, trajectories: Trajectories) -> Tensor:
         """Logits of actions and, where they are learned, of backward actions, and the flow: `[S, sum of sizes]`."""

@@ -9,6 +9,7 @@ the reference that tests compare with, these are the plain functions.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -43,12 +44,25 @@ class Linear(nn.Module):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = False) -> Tensor:
     """x `[..., inputs]` @ weight `[inputs, outputs]` + bias `[outputs]`, and ReLU of it if asked for."""
-    if x.numel() < _FEWEST_ROWS * x.shape[-1] or not _is_on_cpu(x, weight) or not _has_onednn():
+    if x.numel() < _FEWEST_ROWS * x.shape[-1] or not is_on_cpu(x, weight) or not _has_onednn():
         y = torch.addmm(bias, x, weight) if x.ndim == 2 else x @ weight + bias
         return y.relu() if relu else y
     if not torch.is_grad_enabled():
         return _linear(x, weight, bias, relu)[2]
     return _OneDnnLinear.apply(x, weight, bias, relu)  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What the hidden layers of a perceptron gave for N inputs, ReLU applied: for learning to start from.
+
+    layers: `[layers, rounded(R), width]`, zeros after the R rows that are in use. rows: `[N]` int64, the row of each
+    input; equal inputs may share one. count: R.
+    """
+
+    layers: Tensor
+    rows: Tensor
+    count: int
 
 
 def perceptron(
@@ -61,17 +75,19 @@ def perceptron(
     condition: Tensor | None,
     head: Tensor | None = None,
     head_bias: Tensor | None = None,
+    activations: Activations | None = None,
 ) -> Tensor:
     """Layers of linear maps and ReLU over tokens, int32 `[N, length]`, one-hot by position: `[N, width]`; with a head,
     a linear map after them: `[N, outputs]`.
 
     The first is the sum of the tokens' rows of `table` `[inputs, width]`, of `bias` and of `condition` `[N, width]` or
     None; a token's row is its number plus its place's of `offsets` `[length]`. hidden: the others, `[layers - 1, width,
-    width]`, hidden_bias `[layers - 1, width]`. head: `[width, outputs]`, head_bias `[outputs]`.
+    width]`, hidden_bias `[layers - 1, width]`. head: `[width, outputs]`, head_bias `[outputs]`. activations: what the
+    layers are known to give for these tokens and this condition.
     """
     layers = table, bias, hidden, hidden_bias
-    if len(tokens) and tokens.dtype == torch.int32 and _is_on_cpu(*layers) and _has_onednn():
-        inputs = tokens, offsets, *layers, condition, head, head_bias
+    if len(tokens) and tokens.dtype == torch.int32 and is_on_cpu(*layers) and _has_onednn():
+        inputs = tokens, offsets, *layers, condition, head, head_bias, activations
         return _Perceptron.apply(*inputs)  # type: ignore[no-untyped-call]
     x = functional.embedding_bag(tokens + offsets, table, mode="sum") + bias
     x = (x if condition is None else x + condition).relu()
@@ -87,7 +103,7 @@ def softmax(x: Tensor) -> Tensor:
     return _ShortSoftmax.apply(x)  # type: ignore[no-untyped-call]
 
 
-def _is_on_cpu(*tensors: Tensor) -> bool:
+def is_on_cpu(*tensors: Tensor) -> bool:
     return all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
 
 
@@ -117,13 +133,13 @@ def rounded(count: int) -> int:
     """A number of rows that is not much larger and not much its own: oneDNN prepares itself anew for every number that
     it meets, which takes longer than the product.
     """
-    unit = max(32, 1 << max(count.bit_length() - 5, 0))
+    unit = max(16, 1 << max(count.bit_length() - 6, 0))
     return -(-count // unit) * unit
 
 
 def _with_spare_rows(x: Tensor) -> Tensor:
     """x `[N, ...]` with rows of zeros after it, up to the rounded number."""
-    spare = rounded(x.shape[0]) - x.shape[0]
+    spare = rounded(len(x)) - len(x)
     return torch.cat([x, x.new_zeros(spare, x.shape[1])]) if spare else x
 
 
@@ -167,24 +183,29 @@ class _Perceptron(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, tokens: Tensor, offsets: Tensor, table: Tensor, bias: Tensor, hidden: Tensor, hidden_bias: Tensor,
-        condition: Tensor | None, head: Tensor | None, head_bias: Tensor | None,
+        condition: Tensor | None, head: Tensor | None, head_bias: Tensor | None, activations: Activations | None,
     ) -> Tensor:  # fmt: skip
-        count = len(tokens)
-        x = bias.expand(rounded(count), -1).clone()
-        if condition is not None:
-            x[:count] += condition
-        _add_rows(tokens.contiguous().numpy(), offsets.numpy(), table.detach().numpy(), x.numpy())
-        layers = [x]
-        for weight, layer_bias in zip(hidden.detach(), hidden_bias.detach(), strict=True):
-            layers.append(_multiply(layers[-1], weight.t(), layer_bias, "relu"))
-        ctx.save_for_backward(tokens, offsets, table, hidden, head, *layers)
-        return (layers[-1] if head is None else _multiply(layers[-1], head.t(), head_bias))[:count]
+        if activations is None:
+            rows, layers = None, _run_layers(tokens, offsets, table, bias, hidden, hidden_bias, condition)
+        else:
+            rows, layers = activations.rows, list(activations.layers)
+            ctx.count = activations.count
+        ctx.save_for_backward(tokens, offsets, table, hidden, head, rows, *layers)
+        output = layers[-1] if head is None else _multiply(layers[-1], head.t(), head_bias)
+        return output[: len(tokens)] if rows is None else output.index_select(0, rows)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, offsets, table, hidden, head, *layers = ctx.saved_tensors
+        tokens, offsets, table, hidden, head, rows, *layers = ctx.saved_tensors
         by_hidden, by_hidden_bias = [], hidden.new_empty(hidden.shape[:2])
-        gradient = _with_spare_rows(gradients[0])
+        gradient, first = gradients[0], None
+        if rows is None:
+            gradient = _with_spare_rows(gradient)
+        else:
+            gradient = gradient.new_zeros(len(layers[0]), gradient.shape[1]).index_add_(0, rows, gradient)
+            first = rows.new_empty(ctx.count)
+            _first_of_rows(rows.numpy(), first.numpy())
+        of_rows = tokens if first is None else tokens.index_select(0, first)
         by_head, by_head_bias = None, None
         if head is not None:
             by_head, by_head_bias = _outer(layers[-1], gradient), gradient.sum(0)
@@ -194,12 +215,37 @@ class _Perceptron(torch.autograd.Function):
             by_hidden.append(_outer(layers[i], gradient))
             torch.sum(gradient, 0, out=by_hidden_bias[i])
             gradient = _multiply(gradient, hidden[i])
-        gradient = _relu_gradient(gradient, layers[0])[: len(tokens)]
+        gradient = _relu_gradient(gradient, layers[0])[: len(of_rows)]
         by_table = torch.zeros_like(table)
-        _scatter_rows(tokens.contiguous().numpy(), offsets.numpy(), gradient.numpy(), by_table.numpy())
+        _scatter_rows(of_rows.contiguous().numpy(), offsets.numpy(), gradient.numpy(), by_table.numpy())
         by_condition = gradient if ctx.needs_input_grad[6] else None
+        if by_condition is not None and first is not None:
+            by_condition = gradient.new_zeros(len(tokens), gradient.shape[1]).index_copy_(0, first, gradient)
         by_layers = by_table, gradient.sum(0), _stacked(by_hidden[::-1], hidden), by_hidden_bias
-        return None, None, *by_layers, by_condition, by_head, by_head_bias
+        return None, None, *by_layers, by_condition, by_head, by_head_bias, None
+
+
+def _run_layers(
+    tokens: Tensor, offsets: Tensor, table: Tensor, bias: Tensor, hidden: Tensor, hidden_bias: Tensor,
+    condition: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    """What every hidden layer gives, `[rounded(N), width]` each."""
+    count = len(tokens)
+    x = bias.expand(rounded(count), -1).clone()
+    if condition is not None:
+        x[:count] += condition
+    _add_rows(tokens.contiguous().numpy(), offsets.numpy(), table.detach().numpy(), x.numpy())
+    layers = [x]
+    for weight, layer_bias in zip(hidden.detach(), hidden_bias.detach(), strict=True):
+        layers.append(_multiply(layers[-1], weight.t(), layer_bias, "relu"))
+    return layers
+
+
+@kept_njit()
+def _first_of_rows(rows, out):  # type: ignore[no-untyped-def]
+    """The first input of each row."""
+    for i in range(rows.size - 1, -1, -1):
+        out[rows[i]] = i
 
 
 def _stacked(layers: list[Tensor], like: Tensor) -> Tensor:

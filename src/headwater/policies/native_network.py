@@ -1,7 +1,8 @@
 """A multilayer perceptron over tokens, run for a few states at a time inside a native rollout.
 
-A step of a small batch is all overhead when PyTorch runs it: here the layers follow one another in one call, and a
-hidden unit that ReLU has set to zero, about every second one, costs nothing in the layer above.
+A step of a small batch is all overhead when PyTorch runs it: here the layers follow one another in one call, a hidden
+unit that ReLU has set to zero, about every second one, costs nothing in the layer above, and of states that are the
+same only the first is run. What the layers gave can be kept, so that learning starts from it.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import torch
 from torch import Tensor
 
 from headwater.native import kept_njit
-from headwater.policies.layers import Linear
+from headwater.policies.layers import Linear, is_on_cpu
 from headwater.policies.networks import MLP
-from headwater.policies.registers import LANES, broadcast, load, multiply_add, store
+from headwater.policies.registers import LANES, SUMS, adding, positive
 
-_AT_ONCE = 8 * LANES
 _BLOCK = 32
+_add_to_most, _add_to_four = adding(SUMS), adding(4)
 MOST_ROWS = 48
 """States that are run at once: for more, a product of matrices is faster."""
 _LARGEST = 512
@@ -32,7 +33,7 @@ class NativeNetwork(NamedTuple):
 
     offsets int32 `[length]`, table `[inputs, width]`, bias `[width]`, hidden `[layers - 1, width, width]`, hidden_bias
     `[layers - 1, width]`, heads `[outputs, width]`, heads_bias `[outputs]`, condition `[T, width]` or `[0, width]`; all
-    float32 but the offsets. room: `[2, MOST_ROWS, width]`, for two layers.
+    float32 but the offsets.
     """
 
     offsets: np.ndarray
@@ -43,7 +44,15 @@ class NativeNetwork(NamedTuple):
     heads: np.ndarray
     heads_bias: np.ndarray
     condition: np.ndarray
-    room: np.ndarray
+
+    @property
+    def units(self) -> int:
+        """Of all hidden layers together."""
+        return (len(self.hidden) + 1) * len(self.bias)
+
+    def room(self, rows: int) -> Tensor:
+        """For what the hidden layers give in so many rows, `[layers, rows, width]`."""
+        return torch.empty(len(self.hidden) + 1, rows, len(self.bias))  # aligned to cache lines, as numpy's is not
 
 
 def native_network(torso: object, heads: Linear, condition: Tensor | None) -> NativeNetwork | None:
@@ -53,97 +62,140 @@ def native_network(torso: object, heads: Linear, condition: Tensor | None) -> Na
     """
     if not isinstance(torso, MLP) or not torso.is_tokens or torso.bias.shape[0] > _LARGEST:
         return None
-    tensors = [torso.table, torso.bias, torso.hidden, torso.hidden_bias, heads.weight.t(), heads.bias]
     added = torso.bias.new_empty(0, len(torso.bias)) if condition is None else condition
-    if any(tensor.device.type != "cpu" or str(tensor.dtype) != "torch.float32" for tensor in [*tensors, added]):
+    tensors = [torso.table, torso.bias, torso.hidden, torso.hidden_bias, heads.weight.t(), heads.bias, added]
+    if not is_on_cpu(*tensors):
         return None
-    # What PyTorch allocates is aligned to whole cache lines, and the loops below are slower on arrays that are not.
-    room = torch.empty(2, MOST_ROWS, len(torso.bias))
-    arrays = [tensor.detach().contiguous().numpy() for tensor in [*tensors, added, room]]
-    return NativeNetwork(torso.offsets.numpy(), *arrays)
+    return NativeNetwork(torso.offsets.numpy(), *[tensor.detach().contiguous().numpy() for tensor in tensors])
 
 
-@kept_njit(fastmath=True)
-def logits_of_rows(network, states, ids, live, first, out):  # type: ignore[no-untyped-def]
-    """Outputs `first .. first + out.shape[1]` for the first `live` states' tokens into `out`; `ids` are the
-    trajectories'.
+@kept_njit()
+def fingerprint(network, states, lengths):  # type: ignore[no-untyped-def]
+    """64 bits of all that the hidden layers' results depend on for the packed steps of trajectories."""
+    _, table, bias, hidden, hidden_bias, _, _, condition = network
+    value = _hash(lengths.view(np.int32), _hash(states.ravel(), np.uint64(0)))
+    for weights in (table.ravel(), bias, hidden.ravel(), hidden_bias.ravel(), condition.ravel()):
+        value = _hash(weights.view(np.int32), value)
+    return np.int64(value)
+
+
+@kept_njit()
+def _hash(numbers, value):  # type: ignore[no-untyped-def]
+    """NH of UMAC (Black et al. 1999), keys from a counter: sums of products, which a processor does side by side."""
+    factor, low = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xFFFFFFFF)
+    pairs = numbers[: numbers.size - numbers.size % 2].view(np.uint64)
+    total = np.uint64(numbers[-1]) if numbers.size % 2 else np.uint64(0)
+    for i in range(pairs.size):
+        x = pairs[i] + np.uint64(i + 1) * factor
+        total += (x & low) * (x >> np.uint64(32))
+    return ((value ^ (value >> np.uint64(29))) * factor + total) * factor
+
+
+@kept_njit()
+def hidden_of_rows(network, states, ids, live, first, layers, rows):  # type: ignore[no-untyped-def]
+    """Run the hidden layers on the first `live` states' tokens, into the rows of `layers` from `first` on; `ids` are
+    the trajectories'. Writes the row of each state into `rows`; returns the first row that is left free.
     """
-    offsets, table, bias, hidden, hidden_bias, heads, heads_bias, condition, room = network
-    width = bias.size
-    x, y = room[0], room[1]
-    active, passed = np.empty((live, width + 1), np.int64), np.empty((live, 2), np.int64)
+    offsets, table, bias, hidden, hidden_bias, _, _, condition = network
+    width, free = bias.size, first
     for i in range(live):
+        rows[i] = free
+        if condition.shape[0] == 0:
+            rows[i] = _row_of_same(states, i, rows)
+        if rows[i] < free:
+            continue
+        x = layers[0, free]
         for k in range(width):
-            x[i, k] = bias[k]
+            x[k] = bias[k]
         if condition.shape[0]:
             for k in range(width):
-                x[i, k] += condition[ids[i], k]
+                x[k] += condition[ids[i], k]
         for place in range(offsets.size):
             row = states[i, place] + offsets[place]
             for k in range(width):
-                x[i, k] += table[row, k]
+                x[k] += table[row, k]
+        free += 1
+    count = free - first
+    blocks = (width + _BLOCK - 1) // _BLOCK
+    active, passed = np.empty((count, width + LANES), np.int32), np.empty((count, blocks + 1), np.int64)
     for layer in range(hidden.shape[0]):
-        weight = hidden[layer].ravel()
-        for i in range(live):
-            passed[i, 0], passed[i, 1] = 0, _positive(x[i], active[i])
+        weight, below, above = hidden[layer].ravel(), layers[layer, first:free], layers[layer + 1, first:free]
+        for i in range(count):
+            _positive(below[i], active[i], passed[i])
             for k in range(width):
-                y[i, k] = hidden_bias[layer, k]
-        for end in range(_BLOCK, width + _BLOCK, _BLOCK):  # weights that all rows use before they leave the cache
-            for i in range(live):
-                start = stop = passed[i, 0]
-                while stop < passed[i, 1] and active[i, stop] < end:
-                    stop += 1
-                passed[i, 0] = stop
-                _add_rows(weight, x[i], active[i, start:stop], y[i])
-        x, y = y, x
+                above[i, k] = hidden_bias[layer, k]
+        for column in range(0, width, SUMS * LANES):
+            for block in range(blocks):  # weights that all rows use before they leave the cache
+                for i in range(count):
+                    start, stop = passed[i, block], passed[i, block + 1]
+                    if column + SUMS * LANES <= width:
+                        _add_to_most(weight, width, column, active[i], start, stop, below[i], above[i], column)
+                    else:
+                        _add_rows(weight, column, active[i], start, stop, below[i], above[i])
+    for row in range(first, free):
+        for k in range(width):
+            layers[hidden.shape[0], row, k] = _relu(layers[hidden.shape[0], row, k])
+    return free
+
+
+@kept_njit()
+def _relu(x):  # type: ignore[no-untyped-def]
+    """What is not a number stays so, for the loss to show it."""
+    return np.float32(0) if x <= 0 else x
+
+
+@kept_njit()
+def _row_of_same(states, i, rows):  # type: ignore[no-untyped-def]
+    """The row of the first state before the i-th that is the same, or the i-th's own."""
+    for j in range(i):
+        same = True
+        for place in range(states.shape[1]):
+            if states[i, place] != states[j, place]:
+                same = False
+                break
+        if same:
+            return rows[j]
+    return rows[i]
+
+
+@kept_njit(fastmath=True)
+def outputs_of_rows(network, layers, rows, live, first, out):  # type: ignore[no-untyped-def]
+    """Outputs `first .. first + out.shape[1]` for the first `live` of `rows` into `out`."""
+    heads, heads_bias = network.heads, network.heads_bias
     for i in range(live):
+        x = layers[-1, rows[i]]
         for k in range(out.shape[1]):
             total = heads_bias[first + k]
-            for unit in range(width):
-                total += max(x[i, unit], np.float32(0)) * heads[first + k, unit]
+            for unit in range(x.size):
+                total += x[unit] * heads[first + k, unit]
             out[i, k] = total
 
 
 @kept_njit()
-def _add_rows(weight, x, chosen, y):  # type: ignore[no-untyped-def]
-    """Add the chosen rows of `weight` (flat), each times its entry of `x`, to y: 128 sums stay in registers while the
-    rows go by.
-    """
-    width = y.size
-    whole = width - width % _AT_ONCE
-    for k in range(0, whole, _AT_ONCE):
-        y0, y1, y2, y3 = load(y, k), load(y, k + 16), load(y, k + 32), load(y, k + 48)
-        y4, y5, y6, y7 = load(y, k + 64), load(y, k + 80), load(y, k + 96), load(y, k + 112)
-        for i in range(chosen.size):
-            value, row = broadcast(x[chosen[i]]), chosen[i] * width + k
-            y0 = multiply_add(load(weight, row), value, y0)
-            y1 = multiply_add(load(weight, row + 16), value, y1)
-            y2 = multiply_add(load(weight, row + 32), value, y2)
-            y3 = multiply_add(load(weight, row + 48), value, y3)
-            y4 = multiply_add(load(weight, row + 64), value, y4)
-            y5 = multiply_add(load(weight, row + 80), value, y5)
-            y6 = multiply_add(load(weight, row + 96), value, y6)
-            y7 = multiply_add(load(weight, row + 112), value, y7)
-        store(y, k, y0)
-        store(y, k + 16, y1)
-        store(y, k + 32, y2)
-        store(y, k + 48, y3)
-        store(y, k + 64, y4)
-        store(y, k + 80, y5)
-        store(y, k + 96, y6)
-        store(y, k + 112, y7)
-    if whole < width:
-        for i in range(chosen.size):
-            value, row = x[chosen[i]], chosen[i] * width
-            for k in range(whole, width):
-                y[k] += value * weight[row + k]
+def _add_rows(weight, column, chosen, start, stop, x, y):  # type: ignore[no-untyped-def]
+    """What `_add_to_most` does, for the columns from `column` on."""
+    while column + 4 * LANES <= y.size:
+        _add_to_four(weight, y.size, column, chosen, start, stop, x, y, column)
+        column += 4 * LANES
+    for i in range(start, stop):
+        for k in range(column, y.size):
+            y[k] += x[chosen[i]] * weight[chosen[i] * y.size + k]
 
 
 @kept_njit()
-def _positive(x, active):  # type: ignore[no-untyped-def]
-    """Write the places of the positive entries to the front of `active`; returns how many there are."""
-    count = 0
-    for k in range(x.size):
+def _positive(x, active, passed):  # type: ignore[no-untyped-def]
+    """ReLU in place; the places of the positive entries go to the front of `active`, and into `passed` how many there
+    are before each block.
+    """
+    count, whole = 0, x.size - x.size % LANES
+    for k in range(0, whole, LANES):
+        if k % _BLOCK == 0:
+            passed[k // _BLOCK] = count
+        count += positive(x, k, active, count)
+    for k in range(whole, x.size):
+        if k % _BLOCK == 0:
+            passed[k // _BLOCK] = count
         active[count] = k
-        count += x[k] > 0
-    return count
+        x[k] = _relu(x[k])
+        count += x[k] != 0
+    passed[passed.size - 1] = count

@@ -11,7 +11,10 @@ import numpy as np
 from numba import njit
 
 from headwater.native import kept_njit
-from headwater.policies.native_network import logits_of_rows
+from headwater.policies.native_network import MOST_ROWS, hidden_of_rows, outputs_of_rows
+
+NOT_RUN = -1
+"""In the place of a state's row, where no action was to be drawn and so the network was not run."""
 
 
 @kept_njit()
@@ -77,19 +80,26 @@ def kernels(forward_mask: Any, step: Any, backward_mask: Any, backward_step: Any
     @njit(nogil=True)
     def finish(  # type: ignore[no-untyped-def]
         states, ids, live, uniform, n_actions, epsilon, inverse_temperature, constants,
-        out_states, out_actions, out_ids, filled, log_prob, network,
+        out_states, out_actions, out_ids, filled, log_prob, network, layers, out_rows, computed, kept,
     ):  # fmt: skip
-        logits = np.empty((live, n_actions), np.float32)
+        logits, rows = np.empty((live, n_actions), np.float32), np.empty(live, np.int64)
         taken = 0
         while live and taken + live <= uniform.size and filled + 2 * live <= out_ids.size:
-            logits_of_rows(network, states, ids, live, 0, logits)
-            going = live
+            next_row = hidden_of_rows(network, states, ids, live, computed, layers, rows)
+            outputs_of_rows(network, layers, rows, live, 0, logits)
+            going, start = live, filled
             live, filled = advance(
                 states, ids, live, logits, uniform[taken:], n_actions, epsilon, inverse_temperature, constants,
                 out_states, out_actions, out_ids, filled, log_prob,
             )  # fmt: skip
             taken += going
-        return live, filled, taken
+            if kept:
+                computed, drawn = next_row, 0
+                for i in range(start, filled):
+                    forced = i > start and out_ids[i] == out_ids[i - 1]
+                    out_rows[i] = NOT_RUN if forced else rows[drawn]
+                    drawn += not forced
+        return live, filled, taken, computed
 
     @njit(nogil=True)
     def retreat(  # type: ignore[no-untyped-def]
@@ -113,12 +123,13 @@ def kernels(forward_mask: Any, step: Any, backward_mask: Any, backward_step: Any
     @njit(nogil=True)
     def return_(  # type: ignore[no-untyped-def]
         states, ids, live, uniform, n_actions, constants, out_states, out_actions, out_ids, filled, log_prob, network,
-        first,
+        layers, first,
     ):  # fmt: skip
-        logits = np.empty((live, n_actions), np.float32)
+        logits, rows = np.empty((live, n_actions), np.float32), np.empty(live, np.int64)
         taken = 0
         while live and taken + live <= uniform.size and filled + live <= out_ids.size:
-            logits_of_rows(network, states, ids, live, first, logits)
+            hidden_of_rows(network, states, ids, live, 0, layers, rows)
+            outputs_of_rows(network, layers, rows, live, first, logits)
             going = live
             live, filled = retreat(
                 states, ids, live, logits, uniform[taken:], n_actions, constants,
@@ -131,7 +142,30 @@ def kernels(forward_mask: Any, step: Any, backward_mask: Any, backward_step: Any
 
 
 @kept_njit()
-def pack(states, actions, ids, filled, backward, out_states, out_actions, lengths):  # type: ignore[no-untyped-def]
+def run_rest(network, layers, rows, computed, states, ids, filled):  # type: ignore[no-untyped-def]
+    """Run the network on the recorded states that it was not asked about, a few at a time; returns the first row of
+    `layers` that is left free.
+    """
+    width = states.shape[1]
+    some, some_ids = np.empty((MOST_ROWS, width), states.dtype), np.empty(MOST_ROWS, np.int64)
+    places, some_rows = np.empty(MOST_ROWS, np.int64), np.empty(MOST_ROWS, np.int64)
+    count = 0
+    for i in range(filled):
+        if rows[i] == NOT_RUN:
+            some[count], some_ids[count], places[count] = states[i], ids[i], i
+            count += 1
+        if count and (count == MOST_ROWS or i == filled - 1):
+            computed = hidden_of_rows(network, some, some_ids, count, computed, layers, some_rows)
+            for k in range(count):
+                rows[places[k]] = some_rows[k]
+            count = 0
+    return computed
+
+
+@kept_njit()
+def pack(  # type: ignore[no-untyped-def]
+    states, actions, ids, rows, filled, backward, out_states, out_actions, out_rows, lengths
+):
     """Move time-ordered steps to trajectory order; a walk backward was recorded in reverse."""
     for i in range(filled):
         lengths[ids[i]] += 1
@@ -144,5 +178,5 @@ def pack(states, actions, ids, filled, backward, out_states, out_actions, length
             position[t] = start - 1
     for i in range(filled):
         row = position[ids[i]]
-        out_states[row], out_actions[row] = states[i], actions[i]
+        out_states[row], out_actions[row], out_rows[row] = states[i], actions[i], rows[i]
         position[ids[i]] += -1 if backward else 1

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from headwater.environments.base import Dense, Tokens
 from headwater.policies.attention import attention
-from headwater.policies.layers import Linear, linear, perceptron
+from headwater.policies.layers import Activations, Linear, linear, perceptron
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,21 @@ class MLP(nn.Module):
         )
         self.register_buffer("offsets", offsets.to(torch.int32), persistent=False)
 
-    def forward(self, features: Tensor, condition: Tensor | None, head: Linear | None = None) -> Tensor:
-        """features as the environment gives them, condition `[N, width]` or None -> `[N, width]`, or `head` of it."""
+    def forward(
+        self,
+        features: Tensor,
+        condition: Tensor | None,
+        head: Linear | None = None,
+        activations: Activations | None = None,
+    ) -> Tensor:
+        """features as the environment gives them, condition `[N, width]` or None -> `[N, width]`, or `head` of it.
+
+        activations: what the hidden layers are known to give for these features and this condition.
+        """
         if self.is_tokens:
             layers = self.table, self.bias, self.hidden, self.hidden_bias
-            return perceptron(features, self.offsets, *layers, condition, *(head.parameters() if head else ()))
+            weight, bias = (head.weight, head.bias) if head else (None, None)
+            return perceptron(features, self.offsets, *layers, condition, weight, bias, activations)
         x = linear(features, self.table, self.bias)
         x = (x if condition is None else x + condition).relu()
         for weight, bias in zip(self.hidden, self.hidden_bias, strict=True):
@@ -90,8 +100,16 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(_Block(width, heads, feed_forward * width) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, features: Tensor, condition: Tensor | None, head: Linear | None = None) -> Tensor:
-        """tokens `[N, length]`, condition `[N, width]` or None -> `[N, width]`, or `head` of it."""
+    def forward(
+        self,
+        features: Tensor,
+        condition: Tensor | None,
+        head: Linear | None = None,
+        activations: Activations | None = None,
+    ) -> Tensor:
+        """tokens `[N, length]`, condition `[N, width]` or None -> `[N, width]`, or `head` of it; `activations` are a
+        perceptron's.
+        """
         x = self.embedding(features) + self.position
         if condition is not None:
             x = x + condition[:, None]

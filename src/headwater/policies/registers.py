@@ -10,13 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import ir  # type: ignore[import-untyped]
+from llvmlite import binding, ir  # type: ignore[import-untyped]
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 LANES = 16
 _FLOATS, _INTEGERS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
+
+SUMS = 16 if binding.get_host_cpu_features().get("avx512f") else 4
+"""Registers' worth of sums that a processor can keep while it adds to them: AVX-512 has 32 registers of this size, AVX2
+and NEON have room for 8.
+"""
 
 _lowered: Any = intrinsic
 
@@ -57,6 +62,11 @@ def _emit_multiply_add(builder: Any, x: Any, y: Any, z: Any) -> Any:
     kind = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
     function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32")  # type: ignore[no-untyped-call]
     return builder.call(function, [x, y, z])
+
+
+def _in_every_lane(builder: Any, number: Any, kind: Any = _FLOATS) -> Any:
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), number, ir.IntType(32)(0))
+    return builder.shuffle_vector(one, one, ir.Constant(_INTEGERS, [0] * LANES))
 
 
 def _emit_power_of_two(builder: Any, x: Any) -> Any:
@@ -109,8 +119,7 @@ def broadcast(typing, number):  # type: ignore[no-untyped-def]
     """One number in every lane."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        one = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), arguments[0], ir.IntType(32)(0))
-        return builder.shuffle_vector(one, one, ir.Constant(_INTEGERS, [0] * LANES))
+        return _in_every_lane(builder, arguments[0])
 
     return _register(types.float32), code
 
@@ -134,6 +143,69 @@ def store(typing, numbers, start, register):  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     return types.void(numbers, types.int64, _register), code
+
+
+@_lowered
+def positive(typing, numbers, start, places, places_start):  # type: ignore[no-untyped-def]
+    """ReLU of a register's worth of `numbers`, in place; the places of those that are left go into `places` (int32),
+    which needs room for a whole register, one after another. Returns how many there are."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = _place(context, builder, signature.args[0], *arguments[:2])
+        x, zero = builder.load(place, align=4), _constant(_FLOATS, 0.0)
+        above = builder.fcmp_unordered(">", x, zero)  # or not a number, which is not to be hidden
+        builder.store(builder.select(above, x, zero), place, align=4)
+        first = _in_every_lane(builder, builder.trunc(arguments[1], ir.IntType(32)), _INTEGERS)
+        every = builder.add(first, ir.Constant(_INTEGERS, list(range(LANES))))
+        kind = ir.FunctionType(_INTEGERS, [_INTEGERS, above.type, _INTEGERS])
+        name = f"llvm.experimental.vector.compress.v{LANES}i32"
+        compress = cgutils.get_or_insert_function(builder.module, kind, name)  # type: ignore[no-untyped-call]
+        chosen = builder.call(compress, [every, above, ir.Constant(_INTEGERS, ir.Undefined)])
+        target = _place(context, builder, signature.args[2], arguments[2], arguments[3], _INTEGERS)
+        builder.store(chosen, target, align=4)
+        bits = builder.bitcast(above, ir.IntType(LANES))
+        return builder.zext(builder.ctpop(bits), ir.IntType(64))
+
+    return types.int64(numbers, types.int64, places, types.int64), code
+
+
+def adding(count: int) -> Any:
+    """`add_rows` for so many registers side by side, at most `SUMS`."""
+
+    @_lowered
+    def add_rows(typing, rows, stride, first, chosen, start, stop, x, y, y_start):  # type: ignore[no-untyped-def]
+        """Add to `count` registers of `y` from `y_start` on, for the numbers n in `chosen[start:stop]` (int32), what
+        stands in `rows` from `n * stride + first` on, times `x[n]`. The sums stay in registers while the rows go by."""
+
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            def pointer(argument: int, place: Any) -> Any:
+                return _pointer(context, builder, signature.args[argument], arguments[argument], place)
+
+            def register(argument: int, start: Any, number: int) -> Any:
+                place = builder.add(start, start.type(number * LANES))
+                return _place(context, builder, signature.args[argument], arguments[argument], place)
+
+            _, stride, first, _, start, stop, _, _, y_start = arguments
+            places = [register(7, y_start, number) for number in range(count)]
+            sums = [
+                cgutils.alloca_once_value(builder, builder.load(place, align=4))  # type: ignore[no-untyped-call]
+                for place in places
+            ]
+            with cgutils.for_range_slice(builder, start, stop, start.type(1)) as (i, _):
+                number = builder.sext(builder.load(pointer(3, i)), start.type)
+                value = _in_every_lane(builder, builder.load(pointer(6, number)))
+                row = builder.add(builder.mul(number, stride), first)
+                for number, total in enumerate(sums):
+                    weight = builder.load(register(0, row, number), align=4)
+                    builder.store(_emit_multiply_add(builder, weight, value, builder.load(total)), total)
+            for place, total in zip(places, sums, strict=True):
+                builder.store(builder.load(total), place, align=4)
+            return context.get_dummy_value()
+
+        integer = types.int64
+        return types.void(rows, integer, integer, chosen, integer, integer, x, y, integer), code
+
+    return add_rows
 
 
 @_lowered
@@ -164,7 +236,12 @@ def turn(typing, rows, start, stride, last, out, out_start):  # type: ignore[no-
     return types.void(rows, types.int64, types.int64, types.int64, out, types.int64), code
 
 
-def _place(context: Any, builder: Any, array_type: Any, array: Any, start: Any) -> Any:
+def _place(context: Any, builder: Any, array_type: Any, array: Any, start: Any, kind: Any = _FLOATS) -> Any:
     """Pointer to a register's worth of numbers."""
+    return builder.bitcast(_pointer(context, builder, array_type, array, start), kind.as_pointer())
+
+
+def _pointer(context: Any, builder: Any, array_type: Any, array: Any, place: Any) -> Any:
+    """To one number of a contiguous array."""
     fields = cgutils.create_struct_proxy(array_type)  # type: ignore[no-untyped-call]
-    return builder.bitcast(builder.gep(fields(context, builder, value=array).data, [start]), _FLOATS.as_pointer())
+    return builder.gep(fields(context, builder, value=array).data, [place])

@@ -21,13 +21,17 @@ from torch import Tensor
 
 from headwater.environments.base import Environment, Native
 from headwater.policies.base import Exploration
+from headwater.policies.layers import Activations, rounded
 from headwater.policies.native_network import MOST_ROWS, NativeNetwork
-from headwater.policies.native_walk import kernels, pack
+from headwater.policies.native_walk import kernels, pack, run_rest
 
 Logits = Callable[[Tensor, Tensor], Tensor]
 """(states `[n, width]`, trajectory numbers `[n]`) -> logits `[n, actions or more]`; columns past the actions are
 ignored.
 """
+
+_MOST_KEPT = 1 << 24
+"""Numbers of hidden layers that are kept of one rollout, 64 MiB."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,14 @@ class Walk:
     """Packed trajectories in forward order, the last action of each being exit.
 
     states `[S, width]`, actions `[S]` int64, lengths `[T]` int64, log_prob `[T]` float32: of the walk as it was drawn.
+    activations: what the network's hidden layers gave, where it ran natively from start to end.
     """
 
     states: Tensor
     actions: Tensor
     lengths: Tensor
     log_prob: Tensor
+    activations: Activations | None = None
 
 
 def walk_forward(
@@ -178,32 +184,65 @@ def _packed(records: list[tuple[Tensor, Tensor, Tensor]], count: int, log_prob: 
 
 
 class _Record:
-    """Growing arrays that a walk writes its steps into, in the order in which they are taken."""
+    """Growing arrays that a walk writes its steps into, in the order in which they are taken.
 
-    def __init__(self, count: int, width: int, dtype: Any) -> None:
+    layers: what the network's hidden layers give; if `kept`, a row for every state that differs from others of its
+    step, else room for one step. rows: the row of every recorded state.
+    """
+
+    def __init__(self, count: int, width: int, dtype: Any, network: NativeNetwork | None, kept: bool) -> None:
         capacity = 64 * count
         self.states = np.empty((capacity, width), dtype)
-        self.actions = np.empty(capacity, np.int64)
-        self.ids = np.empty(capacity, np.int64)
-        self.filled = 0
+        self.actions, self.ids, self.rows = (np.empty(capacity, np.int64) for _ in range(3))
+        self.filled = self.computed = 0
+        self.network, self.kept = network, kept and network is not None
+        self.layers = torch.empty(0)
+        if network is not None:
+            self._reserve_layers(rounded(capacity), network)
 
     @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
         return self.states, self.actions, self.ids, self.filled
 
+    @property
+    def network_arrays(self) -> tuple[NativeNetwork | None, np.ndarray, np.ndarray, int]:
+        return self.network, self.layers.numpy(), self.rows, self.computed
+
     def reserve(self, more: int) -> None:
         if self.filled + more > len(self.ids):
             capacity = 2 * len(self.ids) + more
             self.states = np.resize(self.states, (capacity, self.states.shape[1]))
-            self.actions = np.resize(self.actions, capacity)
-            self.ids = np.resize(self.ids, capacity)
+            resized = [np.resize(array, capacity) for array in (self.actions, self.ids, self.rows)]
+            self.actions, self.ids, self.rows = resized
+            if self.network is not None and self.kept:
+                self._reserve_layers(rounded(capacity), self.network)
+
+    def _reserve_layers(self, capacity: int, network: NativeNetwork) -> None:
+        """Room for so many rows if they are kept; where that would be too much, they are not."""
+        self.kept = self.kept and capacity * network.units <= _MOST_KEPT
+        before, self.layers = self.layers, network.room(capacity if self.kept else MOST_ROWS)
+        self.computed = self.computed if self.kept else 0
+        if self.computed:
+            self.layers[:, : self.computed] = before[:, : self.computed]
+
+    def run_rest(self) -> None:
+        """Run the network on the states where there was no action to draw, so that all of them have a row."""
+        if self.kept:
+            self.computed = run_rest(*self.network_arrays, self.states, self.ids, self.filled)
 
     def pack(self, count: int, log_prob: np.ndarray, backward: bool) -> Walk:
         states = np.empty((self.filled, self.states.shape[1]), self.states.dtype)
-        actions = np.empty(self.filled, np.int64)
+        actions, rows = np.empty(self.filled, np.int64), np.empty(self.filled, np.int64)
         lengths = np.zeros(count, np.int64)
-        pack(self.states, self.actions, self.ids, self.filled, backward, states, actions, lengths)
-        return Walk(*(torch.from_numpy(array) for array in (states, actions, lengths, log_prob)))
+        recorded = self.states, self.actions, self.ids, self.rows, self.filled
+        pack(*recorded, backward, states, actions, rows, lengths)
+        activations = None
+        if self.kept:
+            layers = self.layers[:, : rounded(self.computed)]
+            layers[:, self.computed :] = 0
+            activations = Activations(layers, torch.from_numpy(rows), self.computed)
+        packed, taken, counts, total = (torch.from_numpy(array) for array in (states, actions, lengths, log_prob))
+        return Walk(packed, taken, counts, total, activations)
 
 
 def _native_forward(
@@ -218,7 +257,8 @@ def _native_forward(
     advance, finish, _, _ = kernels(native.forward_mask, native.step, native.backward_mask, native.backward_step)
     live = count = states.shape[0]
     ids = torch.arange(count)
-    uniforms, record = _Uniforms(count, generator), _Record(count, environment.width, states.numpy().dtype)
+    uniforms = _Uniforms(count, generator)
+    record = _Record(count, environment.width, states.numpy().dtype, network, kept=count <= MOST_ROWS)
     log_prob = np.zeros(count, np.float32)
     walking = states.numpy(), ids.numpy()
     rule = environment.n_actions, exploration.epsilon, 1.0 / exploration.temperature, native.constants
@@ -226,13 +266,16 @@ def _native_forward(
         uniform = uniforms.at_least(live).numpy()
         record.reserve(2 * live)
         if network is not None and live <= MOST_ROWS:
-            left, record.filled, taken = finish(*walking, live, uniform, *rule, *record.arrays, log_prob, network)
+            left, record.filled, taken, record.computed = finish(
+                *walking, live, uniform, *rule, *record.arrays, log_prob, *record.network_arrays, record.kept
+            )
         else:
             offered = logits(states[:live], ids[:live]).numpy()
             left, record.filled = advance(*walking, live, offered, uniform, *rule, *record.arrays, log_prob)
             taken = live
         uniforms.take(taken)
         live = left
+    record.run_rest()
     return record.pack(count, log_prob, backward=False)
 
 
@@ -249,7 +292,8 @@ def _native_backward(
     going = environment.backward_mask(states).any(1)
     live = int(going.sum())
     ids = torch.arange(count)
-    uniforms, record = _Uniforms(count, generator), _Record(count, environment.width, states.numpy().dtype)
+    uniforms = _Uniforms(count, generator)
+    record = _Record(count, environment.width, states.numpy().dtype, network, kept=False)
     record.states[:count], record.actions[:count], record.ids[:count] = states, environment.exit_action, ids
     record.filled = count
     log_prob = np.zeros(count, np.float32)
@@ -262,7 +306,7 @@ def _native_backward(
         if network is not None and live <= MOST_ROWS:
             first = environment.n_actions
             left, record.filled, taken = return_(
-                *walking, live, uniform, *rule, *record.arrays, log_prob, network, first
+                *walking, live, uniform, *rule, *record.arrays, log_prob, network, record.layers.numpy(), first
             )
         else:
             offered = logits(states[:live], ids[:live]).numpy()

@@ -122,8 +122,8 @@ class ParsimonyEvidence(Evidence):
         super().__init__(masks, weights, planes)
         self.seen = fitch.pack(masks, np.ones_like(weights), planes)  # each pattern once
         self.planes = planes
-        self.features = planes * self.seen.count
-        self.leaves = _bits(self.seen.leaves, self.seen.count)
+        self.features = planes * self.seen.packed
+        self.leaves = _bits(self.seen.leaves, self.seen.packed)
 
     def start(self, count: int, parameters: Tensor | None = None) -> Grown:
         return _SetsGrown(self, count)

@@ -44,7 +44,7 @@ from headwater.phylogeny.walks import tables_of
 from headwater.policies import Policy
 from headwater.recipes.base import ENUMERATION_LIMIT, Problem, Recipe
 from headwater.report import Section
-from headwater.reward import Reward, TemperedReward
+from headwater.reward import CachedReward, Reward, TemperedReward
 from headwater.runs import Run, Samples
 from headwater.search.explorer import Explorer
 from headwater.training import ExplorationSettings, Training
@@ -107,6 +107,13 @@ class PhylogenyRecipe(Recipe):
     def __post_init__(self) -> None:
         if self.objective.name not in _OBJECTIVES:
             raise ValueError(f"objective.name = {self.objective.name!r}: over trees, one of {', '.join(_OBJECTIVES)}")
+        if self.objective.name == "vargrad" and self.temperatures is not None:
+            raise ValueError(
+                "objective.name = 'vargrad' compares trees of one temperature; over a range choose another"
+            )
+        search = self.exploration
+        if search.local_search.rounds or search.thompson.heads or search.teacher.share:
+            raise ValueError("exploration: over trees neither local_search, thompson nor teacher, but chains")
         if not 0 <= self.reference_burn_in < 1:
             raise ValueError(f"reference_burn_in = {self.reference_burn_in}: must be at least 0 and below 1")
         if self.keep_objects and not self.parsimony:
@@ -158,7 +165,7 @@ class PhylogenyRecipe(Recipe):
 
     def problem(self) -> Problem:
         conditions: Conditions = NoCondition()
-        reward: Reward = self.base_reward
+        reward: Reward = CachedReward(self.base_reward) if self.keep_objects else self.base_reward
         if self.temperatures is not None:
             conditions, reward = InverseTemperature(*self.temperatures), TemperedReward(reward)
         start = None

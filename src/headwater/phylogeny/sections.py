@@ -59,7 +59,7 @@ def topologies_section(found: WeightedTrees, score: Floats, score_name: str) -> 
         weights={"draws": found.weights},
     )
     html = f'{words}<figure class="wide">{topologies_figure(table)}</figure><div class="figures">'
-    return Section("Topologies", f"{html}<figure>{map_}</figure><figure>{spread}</figure></div>")
+    return Section("Topologies", f"{html}<figure class="half">{map_}</figure><figure class="half">{spread}</figure></div>")
 
 
 def agreement_section(comparison: Comparison, reference: str) -> Section:
@@ -73,7 +73,7 @@ def agreement_section(comparison: Comparison, reference: str) -> Section:
         f"{comparison.topology_correlation:.4f}. Of the reference's probability, {comparison.covered:.1%} is on "
         "topologies that were drawn here.</p>"
     )
-    return Section("Agreement with the reference", f"{words}<figure>{split_scatter(comparison.splits)}</figure>")
+    return Section("Agreement with the reference", f"{words}<figure class="half">{split_scatter(comparison.splits)}</figure>")
 
 
 def parameters_section(names: list[str], values: Floats, weights: Floats) -> Section:

@@ -35,7 +35,8 @@ from contest import Runtime, Worker  # noqa: E402
 from headwater.phylogeny import felsenstein, fitch  # noqa: E402
 from headwater.phylogeny.branch_lengths import fit_lengths  # noqa: E402
 from headwater.phylogeny.evidence import LikelihoodEvidence  # noqa: E402
-from headwater.phylogeny.moves import UNIFORMS, neighbour_joining, propose  # noqa: E402
+from headwater.phylogeny.moves import UNIFORMS, propose  # noqa: E402
+from headwater.phylogeny.neighbour_joining import neighbour_joining  # noqa: E402
 from headwater.phylogeny.network import ForestNetwork  # noqa: E402
 from headwater.phylogeny.posterior import trees_of  # noqa: E402
 from headwater.phylogeny.recipe import PhylogenyRecipe  # noqa: E402

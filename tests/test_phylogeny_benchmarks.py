@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from headwater.phylogeny.tree_files import TreeSample, parse_trees  # noqa: E402
 from phylogeny_known import KNOWN, known  # noqa: E402
 from phylogeny_posterior import MrBayes, agreement, reference_trees  # noqa: E402
 from phylogeny_programs import Files, Program, Run, execute  # noqa: E402
+from phylogeny_speed import Bench, measure  # noqa: E402
 
 TAXA = ("a", "b", "c", "d", "e")
 FIRST, SECOND = "(a:1,(b:1,c:1):1,(d:1,e:1):1);", "(a:1,(b:1,d:1):1,(c:1,e:1):1);"
@@ -77,6 +80,18 @@ def test_a_program_that_fails_is_quoted_and_one_that_hangs_is_ended(tmp_path: Pa
         execute([sys.executable, "-c", "import sys; print('no such tree'); sys.exit(3)"], tmp_path, limit=60.0)
     with pytest.raises(TimeoutError, match="not done after"):
         execute([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path, limit=0.3)
+
+
+def test_ours_is_measured_where_no_peer_is_there(alignment: Alignment, tmp_path: Path) -> None:
+    options = argparse.Namespace(
+        alignment=alignment.source, groups=("parsimony", "likelihood", "lengths", "proposals", "training"),
+        without=("phylogfn", "mrbayes", "iq-tree", "raxml", "phylip"), seconds=0.01, limit=10.0,
+    )  # fmt: skip
+    with ExitStack() as stack:
+        groups = [measure(group, 2, 0.01) for group in Bench(options, tmp_path, stack).groups()]
+    assert [len(group["contenders"]) for group in groups] == [1, 1, 1, 1, 1, 1, 1, 2]  # type: ignore[arg-type]
+    assert all(group["left_out"] for group in groups)
+    assert all(min(each["rates"]) > 1 for group in groups for each in group["contenders"])  # type: ignore[attr-defined]
 
 
 def test_agreement_is_perfect_with_itself_and_total_variation_is_one_between_strangers() -> None:

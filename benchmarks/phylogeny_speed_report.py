@@ -39,12 +39,12 @@ def _head(results: Row, path: Path) -> str:
         '"Difference" is its scores less ours, lowest and highest, over so many trees.'
     )
     title = f"# Phylogeny, speed on one core: {data['name']}"
-    return "\n\n".join([title, f"    {facts['command']}", textwrap.fill(where, 120), textwrap.fill(how, 120)])
+    return "\n\n".join([title, f"    {facts['command']}", _filled(where), _filled(how)])
 
 
 def _group(group: Row) -> str:
     ours = [each for each in group["contenders"] if each["name"].startswith(group["contenders"][0]["name"])]
-    lines = [f"## {group['title']}", "", textwrap.fill(group["note"], 120), ""]
+    lines = [f"## {group['title']}", "", _filled(group["note"]), ""]
     noted, agreed = (any(each[key] for each in group["contenders"]) for key in ("note", "agreement"))
     head = ["", f"{group['unit']} per CPU-second", "ours over theirs"]
     head += ["difference"] * agreed + ["settings"] * noted
@@ -61,6 +61,10 @@ def _group(group: Row) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", *(f"- {said}" for said in group["left_out"])]
     return "\n".join(lines).rstrip()
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 120, break_on_hyphens=False)
 
 
 def _ratios(ours: list[float], theirs: list[float]) -> list[float]:

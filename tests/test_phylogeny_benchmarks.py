@@ -160,9 +160,11 @@ def test_the_page_of_a_posterior_has_curves_by_time(tmp_path: Path) -> None:
     row = {"split_deviation": 0.02, "largest_deviation": 0.1, "topology_distance": 0.3, "floor": 0.1, "covered": 0.9,
            "topologies": 4, "draws": 9}  # fmt: skip
     evidence = {"log_marginal_likelihood": -10.0, "interval": 0.1, "effective": 0.5, "draws": 9}
-    ours = {"iterations": 5, "trajectories": 50, "training_wall": 2.0, "drawing_cpu": 1.0, "evidence": evidence,
-            "weighted": row, "drawn": row}  # fmt: skip
+    ours = {"iterations": 5, "trajectories": 50, "training_wall": 2.0, "training_cpu": 1.5, "drawing_cpu": 1.0,
+            "evidence": evidence, "weighted": row, "drawn": row}  # fmt: skip
     ours["curve"] = [{"cpu": float(k), "evidence": evidence, "weighted": row} for k in (1, 2)]
+    ours["metrics"] = [{"iteration": 5, "seconds": 2.0, "eval/log_z_estimate": -10.5, "eval/log_z_interval": 0.25,
+                        "eval/effective_sample_size": 0.125}]  # fmt: skip
     theirs = {"cpu": 4.0, "runs": 2, "agreement": row, "curve": [{"cpu": float(k), **row} for k in (1, 4)]}
     path.write_text(json.dumps({"provenance": FACTS, "load": 1, "samples": 9, "target": "golden", "known": {},
                                 "alignment": {"name": "five", "taxa": 5, "sites": 10}, "headwater": ours,
@@ -170,5 +172,6 @@ def test_the_page_of_a_posterior_has_curves_by_time(tmp_path: Path) -> None:
     page = phylogeny_posterior_report.write_report(path).read_text()
     assert "| Headwater, with importance weights | 0.0200 | 0.1000 | 0.3000 | 0.1000 | 0.9000 | 4 | 9 |" in page
     assert "| 2.0 | Headwater | 0.0200 | 0.3000 | 0.9000 | -10.00 +- 0.10 | 50.0% |" in page
+    assert "| 5 | 2 | -10.50 +- 0.25 | 12.5% |" in page
     assert page.count("![") == 2
     assert all((tmp_path / f"posterior-{tail}.svg").is_file() for tail in ("topologies", "splits"))

@@ -38,7 +38,7 @@ def _head(results: Row, path: Path) -> str:
         said.append(
             f"Headwater: {_number(ours['iterations'])} iterations, {_number(ours['trajectories'])} trajectories, "
             f"{_number(ours['training_cpu'])} CPU-seconds of training ({_number(ours['training_wall'])} s by the clock "
-            f"as the machine then was); {results['samples']:,} trees drawn in {_number(ours['drawing_cpu'])} CPU-seconds."
+            f"as the machine then was); {results['samples']:,} trees drawn in {_number(ours['drawing_cpu'])} more."
         )
     if theirs := results.get("mrbayes"):
         said.append(f"MrBayes: {theirs['runs']} runs, {_number(theirs['cpu'])} CPU-seconds.")

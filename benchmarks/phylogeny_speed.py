@@ -203,7 +203,8 @@ class Bench:
         group = Group(
             "Branch lengths of given trees fitted by maximum likelihood, JC69", "trees",
             "Everybody stops by a rule of its own: ours when it expects to gain less than 0.01 nats, IQ-TREE and RAxML "
-            "by their defaults.", [Contender(OURS, here(lambda: len(fitted())))],
+            "by their defaults. Unlikely trees can have several maxima, nats apart, and not all end in the same.",
+            [Contender(OURS, here(lambda: len(fitted())))],
         )  # fmt: skip
         best = fitted()
         self._join(group, "IQ-TREE", "IQ-TREE -z", lambda at: self.files.iqtree(at, "JC69", True), best)

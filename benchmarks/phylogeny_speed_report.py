@@ -35,7 +35,8 @@ def _head(results: Row, path: Path) -> str:
         f"Rates are per second of CPU time (user and system): the median of {results['rounds']} rounds (lowest to "
         f"highest). In a round all take turns of about {results['seconds']:g} s on the same core; the ratio is ours "
         "over theirs in the same round, above 1 where ours is faster. Starting a program, reading its files and "
-        "setting up are taken out: a turn of a program is the difference of two runs, of few trees and of many. "
+        "setting up are taken out: a turn of a program is the difference of two runs, of few trees and of many. Our "
+        f"kernels are given {results['trees_at_once']:,} trees a call. "
         '"Difference" is its scores less ours, lowest and highest, over so many trees.'
     )
     title = f"# Phylogeny, speed on one core: {data['name']}"

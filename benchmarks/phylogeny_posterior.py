@@ -7,10 +7,10 @@
 Average standard deviation of split frequencies, total variation between topologies beside what as many independent
 draws would have, the posterior mass on topologies that were met; the log marginal likelihood with its interval beside
 known values. --reference: trees with weights, or a table of probability and Newick by tabs; without one, ours is
-compared with each of MrBayes' runs, and each of these with the others. --points: train the run's settings anew in this
-process, look at the sampler that many times, and draw the curve over CPU seconds beside MrBayes after as many, from
-the first part of its .t files. CPU time of ours counts training and drawing; of MrBayes, what its log says, or
---mrbayes-cpu.
+compared with each of MrBayes' runs, and each of these with the others. CPU time of ours is that of training and of
+drawing the trees; of MrBayes, what its log says, or --mrbayes-cpu, and the curve over it is from the first parts of its
+.t files. Ours is from the run's checkpoints, with the CPU time of an update measured here; or, with --points, from a
+training with the same settings and seed in this process, looked at that many times.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ for _name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 from headwater.evaluation import sampling_floor  # noqa: E402
 from headwater.phylogeny.data import Alignment, read_alignment  # noqa: E402
@@ -47,6 +48,9 @@ from provenance import load, provenance, slug  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 BURN_IN = 0.25
+Look = tuple[float, int, dict[str, torch.Tensor]]
+"""CPU seconds, iterations, weights."""
+
 _SPENT = re.compile(r"Analysis used ([\d.]+) seconds of CPU time")
 
 
@@ -175,17 +179,46 @@ def drawn(sampler: Sampler, count: int, seed: int) -> tuple[TreeSample, TreeSamp
     return plain, TreeSample(found.trees, found.weights), evidence
 
 
-def trained_anew(recipe: PhylogenyRecipe, points: int) -> list[tuple[float, int, dict[str, torch.Tensor]]]:
-    """Train as the run was trained, without its logs; CPU seconds, iterations and weights at `points` of the way, each
-    twice as far as the one before.
-    """
-    began = time.process_time()
+def new_trainer(recipe: PhylogenyRecipe) -> Trainer:
+    """As the run was trained, without its logs."""
     torch.manual_seed(recipe.seed)
     problem = recipe.problem()
-    trainer = Trainer(
+    return Trainer(
         problem.policy, problem.reward, problem.conditions, recipe.objective, recipe.training, recipe.exploration,
         recipe.replay, recipe.seed, given=recipe.given_states(), search=recipe.search, explorer=problem.explorer,
     )  # fmt: skip
+
+
+def cost(recipe: PhylogenyRecipe) -> tuple[float, float]:
+    """CPU seconds of training's start, and of an update: the median of twenty."""
+    began = time.process_time()
+    trainer = new_trainer(recipe)
+    ends = []
+    try:
+        for _ in range(21):
+            trainer.update()
+            ends.append(time.process_time() - began)
+    finally:
+        trainer.search.close()
+    each = float(np.median(np.diff(ends)))
+    return max(0.0, ends[0] - each), each
+
+
+def checkpoints(folder: Path, start: float, each: float) -> list[Look]:
+    """Of a run: its weights as far as they are kept."""
+    found = []
+    for kept in sorted((folder / "checkpoints").glob("iteration-*")):
+        iteration = int(kept.name.rpartition("-")[2])
+        average = kept / "average.safetensors"
+        weights = load_file(average if average.is_file() else kept / "policy.safetensors")
+        found.append((start + each * iteration, iteration, weights))
+    return found
+
+
+def trained_anew(recipe: PhylogenyRecipe, points: int) -> list[Look]:
+    """Weights on the way of a training with the run's settings, each look twice as far as the one before."""
+    began = time.process_time()
+    trainer = new_trainer(recipe)
     last = recipe.training.iterations
     wanted = {max(1, round(last / 2**k)) for k in range(points)}
     kept = []
@@ -203,11 +236,10 @@ def trained_anew(recipe: PhylogenyRecipe, points: int) -> list[tuple[float, int,
 
 
 def our_curve(
-    recipe: PhylogenyRecipe, options: argparse.Namespace, targets: list[TreeSample]
+    recipe: PhylogenyRecipe, kept: list[Look], options: argparse.Namespace, targets: list[TreeSample]
 ) -> list[dict[str, object]]:
     """Agreement and evidence by CPU seconds of training and drawing."""
     rows: list[dict[str, object]] = []
-    kept = trained_anew(recipe, options.points)
     problem = recipe.problem()
     for spent, iteration, weights in kept:
         problem.policy.load_state_dict(weights)
@@ -226,6 +258,28 @@ def _both(plain: TreeSample, weighted: TreeSample, evidence: Evidence, targets: 
         row["drawn"] = asdict(agreement(plain, targets))
         row["weighted"] = asdict(agreement(weighted, targets, evidence.effective))
     return row
+
+
+def ours(options: argparse.Namespace, recipe: PhylogenyRecipe, targets: list[TreeSample]) -> dict[str, object]:
+    """The trained run's figures, what it cost, and its curve."""
+    began = time.process_time()
+    found = drawn(Sampler.load(options.run), options.samples, options.seed)
+    drawing = time.process_time() - began
+    metrics = Run.open(options.run).metrics()
+    last = metrics[-1] if metrics else {}
+    start, each = cost(recipe)
+    kept = trained_anew(recipe, options.points) if options.points else checkpoints(options.run, start, each)
+    names = ("iteration", "seconds", "eval/log_z_estimate", "eval/log_z_interval", "eval/effective_sample_size")
+    return {
+        "drawing_cpu": drawing,
+        "training_cpu": start + each * last.get("iteration", recipe.training.iterations),
+        "training_wall": last.get("seconds"),
+        "iterations": last.get("iteration"),
+        "trajectories": last.get("trajectories"),
+        "metrics": [{name: row.get(name) for name in names} for row in metrics if "eval/log_z_estimate" in row],
+        "curve": our_curve(recipe, kept, options, targets),
+        **_both(*found, targets),
+    }
 
 
 def measured(options: argparse.Namespace, recipe: PhylogenyRecipe | None, alignment: Alignment) -> dict[str, object]:
@@ -258,21 +312,7 @@ def measured(options: argparse.Namespace, recipe: PhylogenyRecipe | None, alignm
             between = agreement(theirs.targets()[0], theirs.targets()[1:])
             result["mrbayes"]["between_runs"] = asdict(between)  # type: ignore[index]
     if recipe is not None:
-        began = time.process_time()
-        found_ours = drawn(Sampler.load(options.run), options.samples, options.seed)
-        row: dict[str, object] = {"drawing_cpu": time.process_time() - began, **_both(*found_ours, targets)}
-        metrics = Run.open(options.run).metrics()
-        last = metrics[-1] if metrics else {}
-        row |= {"iterations": last.get("iteration"), "training_wall": last.get("seconds"),
-                "trajectories": last.get("trajectories")}  # fmt: skip
-        row["metrics"] = [
-            {key: each[key] for key in ("iteration", "seconds", "eval/log_z_estimate", "eval/log_z_interval",
-                                        "eval/effective_sample_size", "eval/elbo") if key in each}
-            for each in metrics if "eval/log_z_estimate" in each
-        ]  # fmt: skip
-        result["headwater"] = row
-        if options.points:
-            row["curve"] = our_curve(recipe, options, targets)
+        result["headwater"] = ours(options, recipe, targets)
     return result
 
 
@@ -285,7 +325,7 @@ def arguments() -> argparse.Namespace:
     add("--mrbayes-cpu", type=float, help="CPU seconds that it took, all runs together")
     add("--reference", type=Path, help="trees with weights, or a table of probability and Newick")
     add("--samples", type=int, default=5000, help="trees to draw")
-    add("--points", type=int, default=0, help="points of the curve; 0 for no curve")
+    add("--points", type=int, default=0, help="train again, and look this often")
     add("--seed", type=int, default=1, help="of the draws")
     add("--out", type=Path, default=HERE / "results")
     options = parser.parse_args()

@@ -25,7 +25,7 @@ def write_report(path: Path) -> Path:
     """Write tables and curves beside the results file at `path`. Returns the page."""
     results = json.loads(path.read_text())
     page = path.with_suffix(".md")
-    parts = [_head(results, path), _agreement(results), _evidence(results), *_curves(results, path)]
+    parts = [_head(results, path), _agreement(results), _evidence(results), *_curves(results, path), _log(results)]
     page.write_text("\n\n".join(part for part in parts if part) + "\n")
     return page
 
@@ -37,8 +37,8 @@ def _head(results: Row, path: Path) -> str:
     if ours := results.get("headwater"):
         said.append(
             f"Headwater: {_number(ours['iterations'])} iterations, {_number(ours['trajectories'])} trajectories, "
-            f"{_number(ours['training_wall'])} s of training by the clock; {results['samples']:,} trees drawn in "
-            f"{_number(ours['drawing_cpu'])} CPU-seconds."
+            f"{_number(ours['training_cpu'])} CPU-seconds of training ({_number(ours['training_wall'])} s by the clock "
+            f"as the machine then was); {results['samples']:,} trees drawn in {_number(ours['drawing_cpu'])} more."
         )
     if theirs := results.get("mrbayes"):
         said.append(f"MrBayes: {theirs['runs']} runs, {_number(theirs['cpu'])} CPU-seconds.")
@@ -48,7 +48,7 @@ def _head(results: Row, path: Path) -> str:
         f"`{path.name}`."
     )
     title = f"# Phylogeny, posterior: {data['name']}"
-    return "\n\n".join([title, f"    {facts['command']}", textwrap.fill(" ".join(said), 120)])
+    return "\n\n".join([title, f"    {facts['command']}", textwrap.fill(" ".join(said), 120, break_on_hyphens=False)])
 
 
 def _agreement(results: Row) -> str:
@@ -79,7 +79,10 @@ def _agreement(results: Row) -> str:
                  f"{row['topologies']:,}", f"{row['draws']:,}"]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     said = "Draws with importance weights count as their effective sample size; MrBayes' count as if they were "
-    lines += ["", textwrap.fill(said + "independent, which neighbours in a chain are not.", 120)]
+    lines += [
+        "",
+        textwrap.fill(said + "independent, which neighbours in a chain are not.", 120, break_on_hyphens=False),
+    ]
     return "\n".join(lines)
 
 
@@ -132,8 +135,22 @@ def _curves(results: Row, path: Path) -> list[str]:
     return parts
 
 
+def _log(results: Row) -> str:
+    """What the run itself measured while it trained."""
+    rows = (results.get("headwater") or {}).get("metrics", [])
+    if not rows:
+        return ""
+    head = ["iteration", "seconds by the clock", "log marginal likelihood", "effective sample size of 128"]
+    lines = ["## The run's own evaluations", "", "| " + " | ".join(head) + " |", "|-" * len(head) + "|"]
+    for row in rows[:: max(1, len(rows) // 12)]:
+        found = f"{float(row['eval/log_z_estimate']):.2f} +- {float(row['eval/log_z_interval']):.2f}"
+        effective = f"{float(row['eval/effective_sample_size']):.1%}"
+        lines.append(f"| {_number(row['iteration'])} | {_number(row['seconds'])} | {found} | {effective} |")
+    return "\n".join(lines)
+
+
 def _number(value: float | None) -> str:
-    return "?" if value is None else f"{value:,.0f}"
+    return "?" if value is None else f"{value:,.1f}" if value < 100 and value != int(value) else f"{value:,.0f}"
 
 
 if __name__ == "__main__":

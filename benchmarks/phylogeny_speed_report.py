@@ -35,16 +35,17 @@ def _head(results: Row, path: Path) -> str:
         f"Rates are per second of CPU time (user and system): the median of {results['rounds']} rounds (lowest to "
         f"highest). In a round all take turns of about {results['seconds']:g} s on the same core; the ratio is ours "
         "over theirs in the same round, above 1 where ours is faster. Starting a program, reading its files and "
-        "setting up are taken out: a turn of a program is the difference of two runs, of few trees and of many. "
+        "setting up are taken out: a turn of a program is the difference of two runs, of few trees and of many. Our "
+        f"kernels are given {results['trees_at_once']:,} trees a call. "
         '"Difference" is its scores less ours, lowest and highest, over so many trees.'
     )
     title = f"# Phylogeny, speed on one core: {data['name']}"
-    return "\n\n".join([title, f"    {facts['command']}", textwrap.fill(where, 120), textwrap.fill(how, 120)])
+    return "\n\n".join([title, f"    {facts['command']}", _filled(where), _filled(how)])
 
 
 def _group(group: Row) -> str:
     ours = [each for each in group["contenders"] if each["name"].startswith(group["contenders"][0]["name"])]
-    lines = [f"## {group['title']}", "", textwrap.fill(group["note"], 120), ""]
+    lines = [f"## {group['title']}", "", _filled(group["note"]), ""]
     noted, agreed = (any(each[key] for each in group["contenders"]) for key in ("note", "agreement"))
     head = ["", f"{group['unit']} per CPU-second", "ours over theirs"]
     head += ["difference"] * agreed + ["settings"] * noted
@@ -61,6 +62,10 @@ def _group(group: Row) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", *(f"- {said}" for said in group["left_out"])]
     return "\n".join(lines).rstrip()
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 120, break_on_hyphens=False)
 
 
 def _ratios(ours: list[float], theirs: list[float]) -> list[float]:

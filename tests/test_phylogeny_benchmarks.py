@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from headwater.phylogeny.tree_files import TreeSample, parse_trees  # noqa: E402
 from phylogeny_known import KNOWN, known  # noqa: E402
 from phylogeny_posterior import MrBayes, agreement, reference_trees  # noqa: E402
 from phylogeny_programs import Files, Program, Run, execute  # noqa: E402
+from phylogeny_speed import Bench, measure  # noqa: E402
 
 TAXA = ("a", "b", "c", "d", "e")
 FIRST, SECOND = "(a:1,(b:1,c:1):1,(d:1,e:1):1);", "(a:1,(b:1,d:1):1,(c:1,e:1):1);"
@@ -77,6 +80,18 @@ def test_a_program_that_fails_is_quoted_and_one_that_hangs_is_ended(tmp_path: Pa
         execute([sys.executable, "-c", "import sys; print('no such tree'); sys.exit(3)"], tmp_path, limit=60.0)
     with pytest.raises(TimeoutError, match="not done after"):
         execute([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path, limit=0.3)
+
+
+def test_ours_is_measured_where_no_peer_is_there(alignment: Alignment, tmp_path: Path) -> None:
+    options = argparse.Namespace(
+        alignment=alignment.source, groups=("parsimony", "likelihood", "lengths", "proposals", "training"),
+        without=("phylogfn", "mrbayes", "iq-tree", "raxml", "phylip"), seconds=0.01, limit=10.0,
+    )  # fmt: skip
+    with ExitStack() as stack:
+        groups = [measure(group, 2, 0.01) for group in Bench(options, tmp_path, stack).groups()]
+    assert [len(group["contenders"]) for group in groups] == [1, 1, 1, 1, 1, 1, 1, 2]  # type: ignore[arg-type]
+    assert all(group["left_out"] for group in groups)
+    assert all(min(each["rates"]) > 1 for group in groups for each in group["contenders"])  # type: ignore[attr-defined]
 
 
 def test_agreement_is_perfect_with_itself_and_total_variation_is_one_between_strangers() -> None:
@@ -145,9 +160,11 @@ def test_the_page_of_a_posterior_has_curves_by_time(tmp_path: Path) -> None:
     row = {"split_deviation": 0.02, "largest_deviation": 0.1, "topology_distance": 0.3, "floor": 0.1, "covered": 0.9,
            "topologies": 4, "draws": 9}  # fmt: skip
     evidence = {"log_marginal_likelihood": -10.0, "interval": 0.1, "effective": 0.5, "draws": 9}
-    ours = {"iterations": 5, "trajectories": 50, "training_wall": 2.0, "drawing_cpu": 1.0, "evidence": evidence,
-            "weighted": row, "drawn": row}  # fmt: skip
+    ours = {"iterations": 5, "trajectories": 50, "training_wall": 2.0, "training_cpu": 1.5, "drawing_cpu": 1.0,
+            "evidence": evidence, "weighted": row, "drawn": row}  # fmt: skip
     ours["curve"] = [{"cpu": float(k), "evidence": evidence, "weighted": row} for k in (1, 2)]
+    ours["metrics"] = [{"iteration": 5, "seconds": 2.0, "eval/log_z_estimate": -10.5, "eval/log_z_interval": 0.25,
+                        "eval/effective_sample_size": 0.125}]  # fmt: skip
     theirs = {"cpu": 4.0, "runs": 2, "agreement": row, "curve": [{"cpu": float(k), **row} for k in (1, 4)]}
     path.write_text(json.dumps({"provenance": FACTS, "load": 1, "samples": 9, "target": "golden", "known": {},
                                 "alignment": {"name": "five", "taxa": 5, "sites": 10}, "headwater": ours,
@@ -155,5 +172,6 @@ def test_the_page_of_a_posterior_has_curves_by_time(tmp_path: Path) -> None:
     page = phylogeny_posterior_report.write_report(path).read_text()
     assert "| Headwater, with importance weights | 0.0200 | 0.1000 | 0.3000 | 0.1000 | 0.9000 | 4 | 9 |" in page
     assert "| 2.0 | Headwater | 0.0200 | 0.3000 | 0.9000 | -10.00 +- 0.10 | 50.0% |" in page
+    assert "| 5 | 2 | -10.50 +- 0.25 | 12.5% |" in page
     assert page.count("![") == 2
     assert all((tmp_path / f"posterior-{tail}.svg").is_file() for tail in ("topologies", "splits"))

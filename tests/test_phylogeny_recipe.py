@@ -15,6 +15,8 @@ import pytest
 
 from headwater import jobs
 from headwater.cli import main
+from headwater.evaluation import ExactDistribution
+from headwater.phylogeny.environment import Forests
 from headwater.phylogeny.recipe import PhylogenyRecipe
 from headwater.runs import Run
 from headwater.sampler import Sampler
@@ -93,14 +95,15 @@ def test_a_run_writes_the_files_of_the_field_and_its_report(
 def test_other_programs_read_the_samples_as_they_are_weighted(tmp_path: Path, alignment: Path) -> None:
     dendropy = pytest.importorskip("dendropy")
     run = train(tmp_path / "run", "--alignment", alignment, *TINY)
-    trees = dendropy.TreeList.get(path=run.folder / "samples.trees", schema="nexus", store_tree_weights=True)
+    kept = {"preserve_underscores": True}
+    trees = dendropy.TreeList.get(path=run.folder / "samples.trees", schema="nexus", store_tree_weights=True, **kept)
     assert {taxon.label for taxon in trees.taxon_namespace} == set(ROWS)
     samples, recipe = run.samples(), Sampler.load(run.folder).recipe
     assert isinstance(recipe, PhylogenyRecipe)
     assert samples is not None
     assert [tree.weight for tree in trees] == pytest.approx(recipe.weighted(samples).weights, rel=1e-4)
     assert [tree.length() for tree in trees] == pytest.approx(samples.extra["tree_length"], rel=1e-5)
-    consensus = dendropy.Tree.get(path=run.folder / "consensus.nwk", schema="newick")
+    consensus = dendropy.Tree.get(path=run.folder / "consensus.nwk", schema="newick", **kept)
     assert {leaf.taxon.label for leaf in consensus.leaf_node_iter()} == set(ROWS)
 
 
@@ -123,7 +126,7 @@ BAD = {
     "unequal lengths": ({**GOOD, "d": GOOD["d"] + "A"}, ("line 7", "'d'", "81 sites")),
     "unknown character": ({**GOOD, "d": "A*" + GOOD["d"][2:]}, ("line 8", "'d'", "'*'")),
     "all gaps": ({**GOOD, "e": "-" * 80}, ("line 9", "'e'")),
-    "three taxa": (dict(list(GOOD.items())[:3]), ("3 taxa", "four")),
+    "three taxa": (dict(list(GOOD.items())[:3]), ("3 taxa", "at least 4")),
 }
 
 
@@ -248,19 +251,22 @@ def test_gtr_with_gamma_and_invariable_sites_runs(tmp_path: Path, alignment: Pat
     assert run.settings["model"]["exchangeabilities"] == [1, 4, 1, 1, 4, 1]  # type: ignore[call-overload,index]
 
 
-def test_one_sampler_draws_at_every_temperature_it_has_learnt(tmp_path: Path, alignment: Path) -> None:
+def test_one_sampler_draws_at_every_temperature_it_has_learnt(tmp_path: Path) -> None:
+    alignment = fasta(tmp_path / "vague.fasta", evolved(((("a", "b"), "c"), ("d", "e")), 40, 0.4, seed=2))
     run = train(
-        tmp_path / "run", "--alignment", alignment, "--parsimony", "--inverse-temperatures", 0.25, 4, *TINY,
-        "--samples", 400, "--training.iterations", 60, "--training.batch-size", 64,
+        tmp_path / "run", "--alignment", alignment, "--parsimony", "--samples", 400, "--training.iterations", 300,
     )  # fmt: skip
-    changes = {}
-    for beta in (0.25, 4.0):
+    sampler, exact = Sampler.load(run.folder), {}
+    for beta in (1.0, 4.0):
         assert jobs.sample(run.folder, 400, [beta])
-        samples = run.samples()
+        samples, condition = run.samples(), sampler.condition([beta])
         assert samples is not None
-        changes[beta] = np.mean(samples.extra["changes"])
         assert np.ptp(samples.log_reward + beta * np.array(samples.extra["changes"])) < 1e-4
-    assert changes[4.0] < changes[0.25] - 0.5
+        exact[beta] = ExactDistribution(Forests(5), sampler.problem.reward, condition)
+        assert exact[beta].compare(sampler.problem.policy)["total_variation"] < 0.15
+        expected = (exact[beta].probabilities * exact[beta].log_reward).sum()
+        assert samples.log_reward.mean() == pytest.approx(float(expected), abs=0.3)
+    assert (exact[4.0].probabilities - exact[1.0].probabilities).abs().sum() / 2 > 0.2  # not one answer for both
     with pytest.raises(ValueError, match="takes 1"):
         jobs.sample(run.folder, 10, [1.0, 2.0])
 

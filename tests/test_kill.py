@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -33,15 +33,15 @@ TIMES = ("seconds", "trajectories_per_second")
 
 
 class Driver:
-    """`kill_driver.py` with what it answers. kills: how many attempts ended by SIGKILL so far."""
+    """`kill_driver.py` with what it answers. settings: of the runs. kills: attempts that ended by SIGKILL so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Sequence[str] = SETTINGS) -> None:
         script = Path(__file__).parent / "kill_driver.py"
-        self.kills = 0
+        self.settings, self.kills = settings, 0
         self.process = subprocess.Popen(
             [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.send(["train", *SETTINGS])
+        self.send(["train", *self.settings])
 
     def send(self, message: object) -> None:
         assert self.process.stdin is not None
@@ -52,7 +52,7 @@ class Driver:
     ) -> dict[str, object]:
         """Train or resume in a process of its own, until it is killed or done."""
         is_run = (folder / "settings.toml").exists()
-        arguments = ["resume", str(folder), "--quiet"] if is_run else ["train", *SETTINGS, "--out", str(folder)]
+        arguments = ["resume", str(folder), "--quiet"] if is_run else ["train", *self.settings, "--out", str(folder)]
         self.send({"arguments": arguments, "folder": f"{folder}/", "at": at, "time": time, "after": after})
         assert self.process.stdout is not None
         for line in self.process.stdout:

@@ -70,7 +70,7 @@ class Evidence(ABC):
     has_lengths: bool
 
     def __init__(self, masks: NDArray[np.uint8], weights: NDArray[np.float64], planes: int) -> None:
-        self.n, self.n_sites = len(masks), float(weights.sum())
+        self.n, self.n_sites, self.planes = len(masks), float(weights.sum()), planes
         self.masks, self.weights = masks, torch.from_numpy(np.asarray(weights, np.float64))
         self.sites = fitch.pack(masks, weights, planes, informative_only=False)
         varies = np.bitwise_and.reduce(masks, axis=0) == 0  # the sites packed
@@ -121,7 +121,6 @@ class ParsimonyEvidence(Evidence):
     def __init__(self, masks: NDArray[np.uint8], weights: NDArray[np.float64], planes: int = 4) -> None:
         super().__init__(masks, weights, planes)
         self.seen = fitch.pack(masks, np.ones_like(weights), planes)  # each pattern once
-        self.planes = planes
         self.features = planes * self.seen.packed
         self.leaves = _bits(self.seen.leaves, self.seen.packed)
 

@@ -24,7 +24,6 @@ from headwater.objectives import Objective
 from headwater.phylogeny.chains import ChainSettings, TreeChains
 from headwater.phylogeny.data import Alignment, Patterns, primates, read_alignment
 from headwater.phylogeny.evidence import Evidence, LikelihoodEvidence, ParsimonyEvidence
-from headwater.phylogeny.neighbour_joining import neighbour_joining
 from headwater.phylogeny.network import ForestNetwork
 from headwater.phylogeny.policy import TreeBackward, TreePolicy
 from headwater.phylogeny.posterior import (
@@ -35,16 +34,15 @@ from headwater.phylogeny.posterior import (
     trees_of,
     write_summaries,
 )
-from headwater.phylogeny.reward import ParsimonyReward, PosteriorReward
+from headwater.phylogeny.reward import ParsimonyReward, PosteriorReward, climb
 from headwater.phylogeny.settings import ModelSettings
 from headwater.phylogeny.summaries import Comparison, compare, splits, topologies
 from headwater.phylogeny.tree_files import TreeSample, parse_trees, read_trees
 from headwater.phylogeny.trees import Trees
-from headwater.phylogeny.walks import tables_of
 from headwater.policies import Policy
 from headwater.recipes.base import ENUMERATION_LIMIT, Problem, Recipe
 from headwater.report import Section
-from headwater.reward import Reward, TemperedReward
+from headwater.reward import CachedReward, Reward, TemperedReward
 from headwater.runs import Run, Samples
 from headwater.search.explorer import Explorer
 from headwater.training import ExplorationSettings, Training
@@ -73,7 +71,7 @@ class PhylogenyRecipe(Recipe):
     gaps: Literal["missing", "state"] = "missing"
     """For parsimony: a gap says nothing, or is a fifth state. To a likelihood it says nothing."""
     constant: float | None = None
-    """Of the parsimony reward; the length of the neighbour-joining tree if not given. It only shifts log Z."""
+    """Of the parsimony reward, which only shifts log Z; if not given, the length of the best tree of a short climb."""
     inverse_temperatures: tuple[float, float] | None = None
     """Learn R^beta for every beta = 1 / T in this range with one sampler, and sample at the largest. For parsimony 0.25
     to 4 if not given."""
@@ -107,6 +105,13 @@ class PhylogenyRecipe(Recipe):
     def __post_init__(self) -> None:
         if self.objective.name not in _OBJECTIVES:
             raise ValueError(f"objective.name = {self.objective.name!r}: over trees, one of {', '.join(_OBJECTIVES)}")
+        if self.objective.name == "vargrad" and self.temperatures is not None:
+            raise ValueError(
+                "objective.name = 'vargrad' compares trees of one temperature; over a range choose another"
+            )
+        search = self.exploration
+        if search.local_search.rounds or search.thompson.heads or search.teacher.share:
+            raise ValueError("exploration: over trees neither local_search, thompson nor teacher, but chains")
         if not 0 <= self.reference_burn_in < 1:
             raise ValueError(f"reference_burn_in = {self.reference_burn_in}: must be at least 0 and below 1")
         if self.keep_objects and not self.parsimony:
@@ -146,7 +151,7 @@ class PhylogenyRecipe(Recipe):
         if isinstance(self.evidence, LikelihoodEvidence):
             return PosteriorReward(self.evidence, self.branch_rate)
         reward = ParsimonyReward(self.patterns.masks, self.patterns.weights, self._planes)
-        reward.constant = self.constant if self.constant is not None else self._neighbour_joining_changes(reward)
+        reward.constant = float(reward.changes(climb(self.evidence))[0]) if self.constant is None else self.constant
         return reward
 
     @property
@@ -158,7 +163,7 @@ class PhylogenyRecipe(Recipe):
 
     def problem(self) -> Problem:
         conditions: Conditions = NoCondition()
-        reward: Reward = self.base_reward
+        reward: Reward = CachedReward(self.base_reward) if self.keep_objects else self.base_reward
         if self.temperatures is not None:
             conditions, reward = InverseTemperature(*self.temperatures), TemperedReward(reward)
         start = None
@@ -209,10 +214,6 @@ class PhylogenyRecipe(Recipe):
     def _log_marginal_guess(self) -> float:
         assert isinstance(self.base_reward, PosteriorReward)
         return self.base_reward.log_marginal_guess()
-
-    def _neighbour_joining_changes(self, reward: ParsimonyReward) -> float:
-        merges, _ = neighbour_joining(self.evidence.distances[None])
-        return float(reward.changes(tables_of(merges)[0])[0])
 
     # Its objects
 

@@ -59,7 +59,8 @@ def topologies_section(found: WeightedTrees, score: Floats, score_name: str) -> 
         weights={"draws": found.weights},
     )
     html = f'{words}<figure class="wide">{topologies_figure(table)}</figure><div class="figures">'
-    return Section("Topologies", f"{html}<figure>{map_}</figure><figure>{spread}</figure></div>")
+    small = "".join(f'<figure class="half">{figure}</figure>' for figure in (map_, spread))
+    return Section("Topologies", f"{html}{small}</div>")
 
 
 def agreement_section(comparison: Comparison, reference: str) -> Section:
@@ -73,7 +74,8 @@ def agreement_section(comparison: Comparison, reference: str) -> Section:
         f"{comparison.topology_correlation:.4f}. Of the reference's probability, {comparison.covered:.1%} is on "
         "topologies that were drawn here.</p>"
     )
-    return Section("Agreement with the reference", f"{words}<figure>{split_scatter(comparison.splits)}</figure>")
+    figure = f'<figure class="half">{split_scatter(comparison.splits)}</figure>'
+    return Section("Agreement with the reference", words + figure)
 
 
 def parameters_section(names: list[str], values: Floats, weights: Floats) -> Section:

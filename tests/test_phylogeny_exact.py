@@ -65,11 +65,11 @@ def test_parsimony_at_temperature_4_is_the_distribution_over_all_105_trees_of_si
     scores = np.array([changes(tree, rows) for tree in unrooted(list(rows))])
     assert len(scores) == 105
     flags = ("--alignment", fasta(tmp_path / "six.fasta", rows), *PARSIMONY, "--constant", scores.min())
-    run = train(tmp_path / "run", *flags, "--training.iterations", 500)
+    run = train(tmp_path / "run", *flags, "--training.iterations", 700)
     found = run.evaluation()
     log_z = np.logaddexp.reduce((scores.min() - scores) / 4)
     assert found["log_z_exact"] == pytest.approx(log_z, abs=1e-5)
-    assert found["total_variation"] < 0.08  # uniform
+    assert found["total_variation"] < 0.08
     assert found["log_z_gap"] < 0.02
     assert found["samples_log_z"] == pytest.approx(log_z, abs=0.04)
     assert found["fewest_changes"] == scores.min()

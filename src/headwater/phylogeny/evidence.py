@@ -133,8 +133,8 @@ class ParsimonyEvidence(Evidence):
         super().__init__(masks, weights, planes)
         self.seen = fitch.pack(masks, np.ones_like(weights), planes)  # each pattern once
         self.planes = planes
-        self.features = planes * self.seen.count
-        self.leaves = _bits(self.seen.leaves, self.seen.count)
+        self.features = planes * self.seen.size
+        self.leaves = _bits(self.seen.leaves, self.seen.size)
 
     def start(self, count: int, parameters: Tensor | None = None) -> Grown:
         return _SetsGrown(self, count)

@@ -24,7 +24,7 @@ class Sites(NamedTuple):
 
     leaves: NDArray[np.uint64]
     constant: int
-    count: int
+    size: int
 
 
 def pack(

@@ -98,7 +98,7 @@ def test_butterflies_have_the_enumerated_normalising_constant(
     assert exact.log_z - changes / 4 == pytest.approx(log_z, abs=1e-4)
 
 
-def by_quadrature(rows, nodes=12):
+def by_quadrature(rows, nodes=14):
     """Topologies as frozen pairs with the first name, and the log marginal likelihood given each: JC69, lengths
     exponential of rate 10, by Gauss-Legendre in each of the five lengths' distribution functions.
     """
@@ -131,9 +131,9 @@ def pair_of_first(tree: str, names) -> frozenset[str]:
 
 
 def test_the_posterior_of_four_taxa_is_that_of_quadrature_over_all_branch_lengths(tmp_path: Path) -> None:
-    rows = evolved((("a", "b"), ("c", "d")), 25, 0.12, seed=2)
+    rows = evolved((("a", "b"), ("c", "d")), 20, 0.2, seed=1)
     given = by_quadrature(rows)
-    assert given == pytest.approx(by_quadrature(rows, nodes=9), abs=0.002)  # it has converged
+    assert given == pytest.approx(by_quadrature(rows, nodes=12), abs=0.01)  # it has converged
     log_marginal = float(np.logaddexp.reduce(list(given.values()))) - math.log(3)
     posterior = {pair: math.exp(value - math.log(3) - log_marginal) for pair, value in given.items()}
     assert 0.02 < min(posterior.values()) < max(posterior.values()) < 0.98  # something to get wrong

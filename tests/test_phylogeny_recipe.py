@@ -254,7 +254,7 @@ def test_gtr_with_gamma_and_invariable_sites_runs(tmp_path: Path, alignment: Pat
 def test_one_sampler_draws_at_every_temperature_it_has_learnt(tmp_path: Path) -> None:
     alignment = fasta(tmp_path / "vague.fasta", evolved(((("a", "b"), "c"), ("d", "e")), 40, 0.4, seed=2))
     run = train(
-        tmp_path / "run", "--alignment", alignment, "--parsimony", "--samples", 400, "--training.iterations", 300,
+        tmp_path / "run", "--alignment", alignment, "--parsimony", "--samples", 400, "--training.iterations", 600,
     )  # fmt: skip
     sampler, exact = Sampler.load(run.folder), {}
     for beta in (1.0, 4.0):

@@ -121,8 +121,10 @@ class ParsimonyEvidence(Evidence):
     def __init__(self, masks: NDArray[np.uint8], weights: NDArray[np.float64], planes: int = 4) -> None:
         super().__init__(masks, weights, planes)
         self.seen = fitch.pack(masks, np.ones_like(weights), planes)  # each pattern once
-        self.features = planes * self.seen.packed
-        self.leaves = _bits(self.seen.leaves, self.seen.packed)
+        after = np.bitwise_and.reduce(self.seen.leaves, axis=(0, 1))  # 1 only after the last site
+        self.size = int((np.unpackbits(after.view(np.uint8)) == 0).sum())
+        self.features = planes * self.size
+        self.leaves = _bits(self.seen.leaves, self.size)
 
     def start(self, count: int, parameters: Tensor | None = None) -> Grown:
         return _SetsGrown(self, count)
@@ -132,19 +134,19 @@ class _SetsGrown(Grown):
     def __init__(self, evidence: ParsimonyEvidence, count: int) -> None:
         super().__init__(evidence, count)
         self.seen = np.empty((count, evidence.n - 1, *evidence.seen.leaves.shape[1:]), np.uint64)
-        self.leaves, _, self.count = evidence.seen
+        self.leaves, self.size = evidence.seen.leaves, evidence.size
 
     def _describe(self, step: int, left: NDArray[np.int32], right: NDArray[np.int32], lengths: Tensor) -> None:
         fitch.join(self.leaves, self.seen, left, right, step)
-        self.features[:, step] = _bits(np.ascontiguousarray(self.seen[:, step]), self.count)
+        self.features[:, step] = _bits(np.ascontiguousarray(self.seen[:, step]), self.size)
 
 
-def _bits(sets: NDArray[np.uint64], count: int) -> Tensor:
-    """The first `count` bits of `[T, planes, W]` words -> `[T, planes * count]` features, -0.3 or 0.7 times the scale.
+def _bits(sets: NDArray[np.uint64], size: int) -> Tensor:
+    """The first `size` bits of `[T, planes, W]` words -> `[T, planes * size]` features, -0.3 or 0.7 times the scale.
 
     Not those after the last site: thousands of inputs that never differ would throw an optimiser about.
     """
-    bits = np.unpackbits(sets.view(np.uint8), axis=2, count=count, bitorder="little")
+    bits = np.unpackbits(sets.view(np.uint8), axis=2, count=size, bitorder="little")
     return (torch.from_numpy(bits).view(len(sets), -1).float() - 0.3) * _SCALE
 
 

@@ -17,14 +17,13 @@ from headwater.phylogeny.words import WORDS, add_zeros, both, either, load, none
 
 
 class Sites(NamedTuple):
-    """Bits of the leaves' sets, the changes that the sites left out cost on every tree, and the number of the others.
+    """Bits of the leaves' sets, and the changes that the sites left out cost on every tree.
 
     leaves: uint64 `[n, planes, W]`, `W` a multiple of eight; bits after the last site are 1 in every set.
     """
 
     leaves: NDArray[np.uint64]
     constant: int
-    packed: int
 
 
 def pack(
@@ -59,7 +58,7 @@ def pack(
     bits = np.ones((len(masks), planes, width), dtype=bool)
     bits[:, :, : sites.shape[1]] = sites[:, None] >> states.astype(np.uint8)[:, None] & 1
     leaves = np.packbits(bits, axis=-1, bitorder="little").view(np.uint64)
-    return Sites(leaves, int((least * counts)[~kept].sum()), sites.shape[1])
+    return Sites(leaves, int((least * counts)[~kept].sum()))
 
 
 def scores(leaves: NDArray[np.uint64], merges: NDArray[np.int32]) -> NDArray[np.int64]:

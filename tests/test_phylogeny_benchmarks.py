@@ -149,7 +149,7 @@ def test_pages_show_ratios_and_what_was_left_out(tmp_path: Path) -> None:
     groups = [{"title": "Trees", "unit": "trees", "note": "", "left_out": ["X: not there"], "contenders": rows}]
     data = {"name": "five", "taxa": 5, "sites": 10, "patterns": 9}
     path.write_text(json.dumps({"provenance": FACTS, "load": [1, 1], "alignment": data, "rounds": 3, "seconds": 1,
-                                "groups": groups, "peers": {}}))  # fmt: skip
+                                "trees_at_once": 9, "groups": groups, "peers": {}}))  # fmt: skip
     page = phylogeny_speed_report.write_report(path).read_text()
     assert "| theirs | 100 (100 to 100) | 3.00 (2.00 to 4.00) | -0.01 to 0.02 (7 trees) |" in page
     assert "- X: not there" in page

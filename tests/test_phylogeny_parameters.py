@@ -111,12 +111,14 @@ def test_coordinates_however_far_out_have_a_process() -> None:
 
 
 def test_the_density_of_parameters_is_what_it_draws_from() -> None:
-    density, generator = ParameterDensity(torch.tensor([1.0, -2.0])), torch.Generator().manual_seed(0)
+    factor = torch.tensor([[0.3, 0.0], [-0.1, 0.2]])
+    density, generator = ParameterDensity(torch.tensor([1.0, -2.0]), factor), torch.Generator().manual_seed(0)
     with torch.no_grad():
-        density.mixed[1, 0], density.log_width[0], density.mean[0] = 0.8, 0.5, 3.0
+        density.mixed[1, 0], density.log_width[0] = 0.8, 0.5
+        density.shift.copy_(density.standardised(torch.tensor([[3.0, -2.0]]))[0])
         drawn = density.sample(20_000, generator)
         covariance = torch.cov(drawn.t())
-        exact = torch.distributions.MultivariateNormal(density.mean, covariance)
+        exact = torch.distributions.MultivariateNormal(torch.tensor([3.0, -2.0]), covariance)
         assert (density.log_prob(drawn) - exact.log_prob(drawn)).abs().mean() < 0.03
         assert drawn.mean(0).numpy() == pytest.approx(np.array([3.0, -2.0]), abs=0.02)
 
@@ -159,3 +161,17 @@ def test_a_run_samples_parameters_and_says_what_they_are(tmp_path: Path) -> None
     assert set(recipe.columns(samples.objects[:3])) == {"log_likelihood", "tree_length", *names}
     with pytest.raises(ValueError, match="no kappa"):
         recipe.columns(["(a:1,b:1,(c:1,(d:1,e:1):1):1);"])
+
+
+def test_the_first_guess_at_a_posterior_is_near_it() -> None:
+    recipe = PhylogenyRecipe()  # the primates; -6489.12 by importance sampling of each topology
+    assert recipe.guess.log_marginal == pytest.approx(-6489.12, abs=1)
+    assert recipe.guess.coordinates.shape == (0,)
+
+
+def test_the_first_guess_at_parameters_is_a_maximum_with_its_curvature() -> None:
+    guess = PhylogenyRecipe(model=ModelSettings("HKY85", 4, sampled=True)).guess
+    again = PhylogenyRecipe(model=ModelSettings("HKY85", 4, kappa=20.0, alpha=2.0, sampled=True)).guess
+    torch.testing.assert_close(again.coordinates, guess.coordinates, atol=0.05, rtol=0)  # wherever it starts
+    torch.testing.assert_close(again.factor, guess.factor, atol=0.02, rtol=0.1)
+    assert guess.log_marginal == pytest.approx(-5795.5, abs=4)  # MrBayes' stepping stones: -5795.2 and -5796.2

@@ -24,7 +24,7 @@ from headwater.reward import Reward
 from headwater.search.explorer import Explorer
 from headwater.trajectories import Trajectories
 
-_STEP = 0.3  # of all parameters' coordinates together
+_STEP = 2.0  # of all parameters together, in units of their first spread
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,9 @@ class TreeChains(Explorer):
         parameters = pool.coordinates[chosen]
         if parameters.shape[1]:  # a step of the parameters alone, every fourth time
             alone = torch.rand(count, generator=generator) < 0.25
-            steps = torch.randn(parameters.shape, generator=generator) * (_STEP * parameters.shape[1] ** -0.5)
+            assert self.trees.parameter_density is not None
+            steps = torch.randn(parameters.shape, generator=generator) @ self.trees.parameter_density.factor.t()
+            steps *= _STEP * parameters.shape[1] ** -0.5
             parameters = torch.where(alone[:, None], parameters + steps, parameters)
             table, ratio = torch.where(alone[:, None], pool.table[chosen], table), ratio.masked_fill(alone, 0.0)
             above = None if above is None else torch.where(alone[:, None], pool.above[chosen], above)

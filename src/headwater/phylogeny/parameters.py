@@ -20,7 +20,6 @@ from torch.nn import functional
 from headwater.phylogeny.models import Process, SubstitutionModel, process
 
 _LOG_2PI = math.log(2 * math.pi)
-_FIRST_WIDTH = 0.3
 
 
 @dataclass(frozen=True)
@@ -110,30 +109,34 @@ class FreeParameters:
 
 
 class ParameterDensity(nn.Module):
-    """A normal density over p coordinates, with all its correlations."""
+    """A normal density over p coordinates, with all its correlations: at first about `start` `[p]`, with the covariance
+    of the lower triangular `factor` `[p, p]`.
+    """
 
-    def __init__(self, start: Tensor) -> None:
+    def __init__(self, start: Tensor, factor: Tensor) -> None:
         super().__init__()
-        size = len(start)
-        self.mean, self.log_width = nn.Parameter(start.clone()), nn.Parameter(torch.zeros(size))
         self.start: Tensor
-        self.register_buffer("start", start.clone(), persistent=False)
-        self.mixed = nn.Parameter(torch.zeros(size, size))
+        self.factor: Tensor
+        self.register_buffer("start", start.clone())
+        self.register_buffer("factor", factor.clone())
+        self.shift, self.log_width = nn.Parameter(torch.zeros(len(start))), nn.Parameter(torch.zeros(len(start)))
+        self.mixed = nn.Parameter(torch.zeros(len(start), len(start)))
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """`[count, p]`."""
-        return self.mean + torch.randn(count, len(self.mean), generator=generator) @ self._factor().t()
+        normal = torch.randn(count, len(self.shift), generator=generator)
+        return self.start + (self.shift + normal @ self._learned().t()) @ self.factor.t()
 
     def log_prob(self, x: Tensor) -> Tensor:
         """`[T]` of `[T, p]`."""
-        factor = self._factor()
-        normal = torch.linalg.solve_triangular(factor, (x - self.mean).t(), upper=False)
-        return -0.5 * normal.square().sum(0) - factor.diagonal().log().sum() - 0.5 * len(self.mean) * _LOG_2PI
+        normal = torch.linalg.solve_triangular(self._learned(), (self.standardised(x) - self.shift).t(), upper=False)
+        log_volume = self.log_width.sum() + self.factor.diagonal().log().sum()
+        return -0.5 * normal.square().sum(0) - log_volume - 0.5 * len(self.shift) * _LOG_2PI
 
     def standardised(self, x: Tensor) -> Tensor:
-        """What a network sees of coordinates: `[T, p]`."""
-        return (x - self.start) / _FIRST_WIDTH
+        """Coordinates as their start and first covariance see them, which is what a network takes: `[T, p]`."""
+        return torch.linalg.solve_triangular(self.factor, (x - self.start).t(), upper=False).t()
 
-    def _factor(self) -> Tensor:
-        width = _FIRST_WIDTH * self.log_width.exp()
-        return torch.diag(width) + width[:, None] * self.mixed.tril(-1)
+    def _learned(self) -> Tensor:
+        """What training has made of the factor, in units of the first one."""
+        return torch.diag(self.log_width.exp()) + self.mixed.tril(-1)

@@ -43,8 +43,8 @@ class TreePolicy(StatePolicy):
     tensor `parameters` `[S, p]`, equal in all steps of a trajectory.
 
     backward: "uniform" over the trees that are no leaf, and over the edges of a finished tree; or "learned" over the
-    former. condition_size: C, the columns of the condition; 0 for none. start: coordinates `[p]` about which sampled
-    parameters are drawn at first.
+    former. condition_size: C, the columns of the condition; 0 for none. parameter_density: what sampled
+    model parameters are drawn from; None where there are none.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class TreePolicy(StatePolicy):
         network: ForestNetwork | None = None,
         backward: TreeBackward = "uniform",
         condition_size: int = 0,
-        start: Tensor | None = None,
+        parameter_density: ParameterDensity | None = None,
     ) -> None:
         super().__init__()
         if backward not in get_args(TreeBackward):
@@ -67,7 +67,7 @@ class TreePolicy(StatePolicy):
         self.flow = Linear(network.width, 1)
         self.undo = Linear(network.width, 1) if backward == "learned" else None
         self.density = network.density(evidence.n_sites) if evidence.has_lengths else None
-        self.parameter_density = ParameterDensity(start) if start is not None and evidence.parameters else None
+        self.parameter_density = parameter_density
         if self.parameter_density is not None:
             self.embed_parameters = Linear(evidence.parameters, network.width)
         if self.density is not None:

@@ -24,7 +24,9 @@ from headwater.objectives import Objective
 from headwater.phylogeny.chains import ChainSettings, TreeChains
 from headwater.phylogeny.data import Alignment, Patterns, primates, read_alignment
 from headwater.phylogeny.evidence import Evidence, LikelihoodEvidence, ParsimonyEvidence
+from headwater.phylogeny.guesses import Guess, climb, guess
 from headwater.phylogeny.network import ForestNetwork
+from headwater.phylogeny.parameters import ParameterDensity
 from headwater.phylogeny.policy import TreeBackward, TreePolicy
 from headwater.phylogeny.posterior import (
     WeightedTrees,
@@ -34,7 +36,7 @@ from headwater.phylogeny.posterior import (
     trees_of,
     write_summaries,
 )
-from headwater.phylogeny.reward import ParsimonyReward, PosteriorReward, climb
+from headwater.phylogeny.reward import ParsimonyReward, PosteriorReward
 from headwater.phylogeny.settings import ModelSettings
 from headwater.phylogeny.summaries import Comparison, compare, splits, topologies
 from headwater.phylogeny.tree_files import TreeSample, parse_trees, read_trees
@@ -166,13 +168,13 @@ class PhylogenyRecipe(Recipe):
         reward: Reward = CachedReward(self.base_reward) if self.keep_objects else self.base_reward
         if self.temperatures is not None:
             conditions, reward = InverseTemperature(*self.temperatures), TemperedReward(reward)
-        start = None
+        density = None
         if self.model.sampled and not self.parsimony:
-            start = torch.cat([self.model.start(masks, weights) for masks, weights in self._by_partition])
-        policy = TreePolicy(self.evidence, self.network, self.backward, conditions.size, start)
+            density = ParameterDensity(self.guess.coordinates, self.guess.factor)
+        policy = TreePolicy(self.evidence, self.network, self.backward, conditions.size, density)
         if self.temperatures is None:
             with torch.no_grad():
-                policy.log_z.fill_(self._log_marginal_guess)
+                policy.log_z.fill_(self.guess.log_marginal)
         return Problem(policy, reward, conditions, self._explorer(reward, conditions))
 
     def _explorer(self, reward: Reward, conditions: Conditions) -> Callable[[Policy], Explorer] | None:
@@ -211,9 +213,11 @@ class PhylogenyRecipe(Recipe):
         return 5 if self.gaps == "state" else 4
 
     @cached_property
-    def _log_marginal_guess(self) -> float:
-        assert isinstance(self.base_reward, PosteriorReward)
-        return self.base_reward.log_marginal_guess()
+    def guess(self) -> Guess:
+        """Where the posterior's sampler starts."""
+        assert isinstance(self.evidence, LikelihoodEvidence)
+        starts = [self.model.start(masks, weights) for masks, weights in self._by_partition]
+        return guess(self.evidence, self.branch_rate, torch.cat(starts) if self.model.sampled else torch.empty(0))
 
     # Its objects
 

@@ -11,11 +11,8 @@ from torch import Tensor
 
 from headwater.environments.base import Objects
 from headwater.phylogeny import fitch
-from headwater.phylogeny.branch_lengths import fit_lengths, log_likelihood_gradients
-from headwater.phylogeny.evidence import Evidence, LikelihoodEvidence
-from headwater.phylogeny.moves import UNIFORMS, propose
-from headwater.phylogeny.neighbour_joining import neighbour_joining
-from headwater.phylogeny.walks import tables_of, walks_to
+from headwater.phylogeny.evidence import LikelihoodEvidence
+from headwater.phylogeny.walks import walks_to
 
 
 class ParsimonyReward:
@@ -34,7 +31,7 @@ class ParsimonyReward:
 
     def changes(self, tables: Tensor) -> Tensor:
         """Fitch's length of each tree: int64 `[T]`."""
-        merges, _ = walks_to(tables, None, _no_choice(tables))
+        merges, _ = walks_to(tables, None, no_choice(tables))
         return torch.from_numpy(fitch.scores(self.sites.leaves, merges.numpy()) + self.sites.constant)
 
 
@@ -58,7 +55,7 @@ class PosteriorReward:
     def log_likelihood(self, objects: Tensor) -> Tensor:
         """float64 `[T]`."""
         tables, above, parameters = self._parts(objects)
-        merges, lengths = walks_to(tables, above, _no_choice(tables))
+        merges, lengths = walks_to(tables, above, no_choice(tables))
         return self.evidence.log_likelihood(merges, lengths, parameters)
 
     def log_prior(self, objects: Tensor) -> Tensor:
@@ -72,44 +69,10 @@ class PosteriorReward:
                 total = total + free.log_prior(piece)
         return total
 
-    def log_marginal_guess(self) -> float:
-        """A first guess at the log marginal likelihood: Laplace's approximation, edge by edge, about the best lengths
-        of the neighbour-joining tree and of the most parsimonious that a short climb finds, whichever is better.
-        """
-        evidence = self.evidence
-        joined, lengths = neighbour_joining(evidence.distances[None], 1e-5)
-        climbed, _ = walks_to(climb(evidence), None, _no_choice(torch.empty(1, 2 * (evidence.n - 1))))
-        merges = torch.cat([joined, climbed]).numpy()
-        start = torch.cat([lengths, torch.full_like(lengths, float(lengths.mean()))]).double().numpy()
-        parts = [(part.tips, part.process) for part in evidence.parts]
-        fitted, log_likelihood = fit_lengths(parts, merges, start, self.branch_rate)
-        found = [log_likelihood_gradients(tips, process, merges, fitted) for tips, process in parts]
-        b, second = (torch.from_numpy(x).flatten(1)[:, :-1] for x in (fitted, sum(each.second for each in found)))
-        spread = 0.5 * (2 * math.pi / (-second * b.square()).clamp(min=1.0)).log()
-        prior = b.shape[1] * math.log(self.branch_rate) - self.branch_rate * b.sum(1) - log_topologies(evidence.n)
-        return float((torch.from_numpy(log_likelihood) + prior + (b.log() + spread).sum(1)).max())
-
     def _parts(self, objects: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         n = self.evidence.n
         table, above, parameters = torch.split(objects, [2 * (n - 1), 2 * n - 1, self.evidence.parameters], dim=1)
         return table.int(), above, parameters if self.evidence.parameters else None
-
-
-def climb(evidence: Evidence, count: int = 64, moves: int = 400) -> Tensor:
-    """The table of the most parsimonious tree, `[1, 2 (n-1)]`, that `count` climbs find, of random moves each of which
-    is taken if it costs nothing, from neighbour-joining trees of resampled sites. Always the same.
-    """
-    generator = torch.Generator().manual_seed(0)
-    reward = ParsimonyReward(evidence.masks, evidence.weights.numpy(), evidence.planes)
-    tables, _ = tables_of(neighbour_joining(evidence.resampled_distances(count, generator))[0])
-    changes = reward.changes(tables)
-    for _ in range(moves):
-        uniform = torch.rand(count, UNIFORMS, dtype=torch.float64, generator=generator)
-        proposed, _, _ = propose(tables, None, uniform)
-        new = reward.changes(proposed)
-        taken = new <= changes
-        tables, changes = torch.where(taken[:, None], proposed, tables), torch.where(taken, new, changes)
-    return tables[changes.argmin()][None]
 
 
 def log_topologies(n: int) -> float:
@@ -117,6 +80,6 @@ def log_topologies(n: int) -> float:
     return math.lgamma(2 * n - 3) - math.lgamma(n - 1) - (n - 2) * math.log(2)
 
 
-def _no_choice(tables: Tensor) -> Tensor:
+def no_choice(tables: Tensor) -> Tensor:
     """Whichever root and order: no score depends on them."""
     return torch.zeros(len(tables), tables.shape[1] // 2, dtype=torch.float64)

@@ -63,7 +63,7 @@ def rng():
 def test_parsimony_equals_the_reference_and_knows_no_root_or_order(rng, planes, informative_only):
     masks, weights = random_patterns(rng, 13, 700, planes)
     merges, lengths = random_trees(rng, 13, 40)
-    leaves, constant, _ = fitch.pack(masks, weights, planes, informative_only)
+    leaves, constant = fitch.pack(masks, weights, planes, informative_only)
     expected = fitch.reference_scores(masks, weights, merges)
     assert len(set(expected)) > 10
     np.testing.assert_array_equal(fitch.scores(leaves, merges) + constant, expected)
@@ -71,7 +71,7 @@ def test_parsimony_equals_the_reference_and_knows_no_root_or_order(rng, planes, 
     assert (turned != merges).any()
     np.testing.assert_array_equal(fitch.scores(leaves, turned) + constant, expected)
     order = rng.permutation(13)
-    leaves, constant, _ = fitch.pack(masks[order], weights, planes, informative_only)
+    leaves, constant = fitch.pack(masks[order], weights, planes, informative_only)
     name = np.concatenate((np.argsort(order), np.arange(13, 25)))
     np.testing.assert_array_equal(fitch.scores(leaves, name[merges]) + constant, expected)
 
@@ -82,7 +82,7 @@ def test_sites_left_out_cost_the_same_on_every_tree(rng):
     costs = np.array([fitch.reference_scores(masks[:, [p]], np.ones(1), merges) for p in range(masks.shape[1])])
     left_out = 0
     for column, cost in zip(masks.T[:, :, None], costs, strict=True):
-        leaves, constant, _ = fitch.pack(column, np.ones(1), 5)
+        leaves, constant = fitch.pack(column, np.ones(1), 5)
         if (leaves == leaves[0]).all():
             left_out += 1
             assert (cost == constant).all()
@@ -92,7 +92,7 @@ def test_sites_left_out_cost_the_same_on_every_tree(rng):
 def test_joins_add_up_and_write_fitchs_sets(rng):
     masks, weights = random_patterns(rng, 9, 600, 5)
     merges, _ = random_trees(rng, 9, 30)
-    leaves, constant, _ = fitch.pack(masks, weights, 5, informative_only=False)
+    leaves, constant = fitch.pack(masks, weights, 5, informative_only=False)
     tables = np.empty((30, 8, *leaves.shape[1:]), dtype=np.uint64)
     changes = sum(fitch.join(leaves, tables, merges[:, k, 0], merges[:, k, 1], k) for k in range(8))
     np.testing.assert_array_equal(changes + constant, fitch.reference_scores(masks, weights, merges))
@@ -107,7 +107,7 @@ def test_joins_add_up_and_write_fitchs_sets(rng):
 def test_pair_costs_are_what_joining_would_add_and_where_both_are_known(rng, planes):
     masks, weights = random_patterns(rng, 9, 600, planes)
     merges, _ = random_trees(rng, 9, 12)
-    leaves, _, _ = fitch.pack(masks, weights, planes, informative_only=False)
+    leaves, _ = fitch.pack(masks, weights, planes, informative_only=False)
     tables = np.zeros((12, 8, *leaves.shape[1:]), dtype=np.uint64)
     for k in range(4):
         fitch.join(leaves, tables, merges[:, k, 0], merges[:, k, 1], k)
@@ -144,7 +144,7 @@ def test_parsimony_of_every_tree_of_a_few_taxa(name, gaps):
     rows = alignment(name.split("_")[0] + ".nex")
     known = {taxon: rows[taxon] for taxon in re.findall(r"[^(),;]+", lines[0].split("\t")[1])}
     masks, weights = patterns(known, gaps == "gap5")
-    leaves, constant, _ = fitch.pack(masks, weights, 5 if gaps == "gap5" else 4)
+    leaves, constant = fitch.pack(masks, weights, 5 if gaps == "gap5" else 4)
     merges = np.concatenate([newick(line.split("\t")[1], list(known))[0] for line in lines])
     assert len(merges) == math.prod(range(1, 2 * len(known) - 4, 2))
     expected = [int(line.split("\t")[0]) for line in lines]
@@ -162,7 +162,7 @@ def test_parsimony_of_paup_trees(file, data, planes, best, worst):
     masks, weights = patterns(alignment(f"DS{data}.nex"), gap_is_state=True)
     trees = re.findall(r"^tree.*?\[&U\]\s*(.*?;)", (DATA / "paup_results" / file).read_text(), re.M)
     merges = np.concatenate([newick(tree, [str(i + 1) for i in range(len(masks))])[0] for tree in trees])
-    leaves, constant, _ = fitch.pack(masks, weights, planes)
+    leaves, constant = fitch.pack(masks, weights, planes)
     scores = fitch.scores(leaves, merges) + constant
     assert (scores.min(), scores.max()) == (best, worst)
 
@@ -181,7 +181,7 @@ def test_parsimony_of_dnapars_trees(name, length):
     trees = [t for t in (DATA / "peer_runs/dnapars" / f"{name}.tre").read_text().split(";") if "(" in t]
     taxa = [f"t{i:03d}" for i in range(len(masks))]
     merges = np.concatenate([newick(re.sub(r"\[.*?\]", "", tree), taxa)[0] for tree in trees])
-    leaves, constant, _ = fitch.pack(masks, weights, 5 if gap_is_state else 4)
+    leaves, constant = fitch.pack(masks, weights, 5 if gap_is_state else 4)
     np.testing.assert_array_equal(fitch.scores(leaves, merges) + constant, length)
 
 

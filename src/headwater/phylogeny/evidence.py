@@ -122,7 +122,7 @@ class ParsimonyEvidence(Evidence):
         super().__init__(masks, weights, planes)
         self.seen = fitch.pack(masks, np.ones_like(weights), planes)  # each pattern once
         after = np.bitwise_and.reduce(self.seen.leaves, axis=(0, 1))  # 1 only after the last site
-        self.size = int((np.unpackbits(after.view(np.uint8)) == 0).sum())
+        self.size = max(1, int((np.unpackbits(after.view(np.uint8)) == 0).sum()))  # at least one number to look at
         self.features = planes * self.size
         self.leaves = _bits(self.seen.leaves, self.size)
 

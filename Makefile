@@ -1,5 +1,5 @@
 # make demo             set everything up and design RNA oligomers against two microRNAs (about two minutes of training)
-# make demo-phylogeny   set everything up and learn the posterior over trees of 12 primates (about three)
+# make demo-phylogeny   set everything up and learn the posterior over trees of 12 primates (about two)
 # make test             set everything up, then lint, types and all tests
 # Each needs Python 3.11 or newer and nothing else; it installs into .venv.
 

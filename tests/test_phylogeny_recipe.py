@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from headwater import jobs
 from headwater.cli import main
 from headwater.evaluation import ExactDistribution
 from headwater.phylogeny.environment import Forests
+from headwater.phylogeny.policy import TreePolicy
 from headwater.phylogeny.recipe import PhylogenyRecipe
 from headwater.runs import Run
 from headwater.sampler import Sampler
@@ -335,3 +337,15 @@ def test_killed_and_resumed_with_chains_it_ends_with_the_same_weights(driver: Dr
     assert driver.attempt(folder)["status"] == 0
     assert_same_end(folder, tmp_path / "whole")
     shutil.rmtree(folder)
+
+
+def test_over_a_range_of_temperatures_the_log_posterior_is_taken_from_a_guess() -> None:
+    plain, ranged = PhylogenyRecipe(), PhylogenyRecipe(inverse_temperatures=(0.5, 1.0))
+    problem, tempered = plain.problem(), ranged.problem()
+    assert isinstance(problem.policy, TreePolicy)
+    drawn = problem.policy.sample(torch.empty(4, 0), generator=torch.Generator().manual_seed(0))
+    objects = problem.policy.objects(drawn)
+    above = problem.reward(objects, drawn.condition) - plain.guess.log_marginal
+    for beta in (0.5, 1.0):
+        found = tempered.reward(objects, torch.full((4, 1), beta))
+        torch.testing.assert_close(found, beta * above, atol=0.01, rtol=1e-5)

@@ -54,8 +54,8 @@ class Pool(nn.Module):
     """Where every chain is. Buffers only, so that a checkpoint holds it.
 
     table: int32 `[pool, 2 (n-1)]`. above: float32 `[pool, 2n-1]`. coordinates: `[pool, p]`, of model parameters.
-    condition: `[pool, C]`, what each chain is at. log_reward: float32 `[pool]`, NaN before the first move. turn: the
-    next chain to move.
+    condition: `[pool, C]`, what each chain is at. log_reward: float32 `[pool]`. turn: chains moved so
+    far, each in its turn; 0 before they have started.
     """
 
     table: Tensor
@@ -89,7 +89,7 @@ class TreeChains(Explorer):
     def sample(self, condition: Tensor, exploration: Exploration, generator: torch.Generator) -> Trajectories:
         """The trajectories of chains have the chains' own conditions; their `log_behaviour` is that of the walk."""
         count = round(self.settings.share * len(condition))
-        if self.own.log_reward.isnan().any():
+        if count and not int(self.own.turn):
             self._start(generator)
         drawn = [self._advance(count, generator)] if count else []
         if count < len(condition):

@@ -24,7 +24,7 @@ _UNKNOWN = 15  # any of A, C, G, T
 _SCALE = 0.3  # of a pattern of mean weight, so that sums over hundreds of them are of order one
 
 
-class Grown:
+class Grown(ABC):
     """What is known of T forests that grow in step.
 
     apart: of pairs of nodes, those between leaves and where asked for by `join`. features: float32 `[T, n - 2,
@@ -54,9 +54,9 @@ class Grown:
         self.apart.note(node, others, changes, comparable, evidence.alike)
         self._describe(step, first, second, lengths)
 
+    @abstractmethod
     def _describe(self, step: int, left: NDArray[np.int32], right: NDArray[np.int32], lengths: Tensor) -> None:
         """Write the features of node n + step."""
-        raise NotImplementedError
 
 
 class Evidence(ABC):
@@ -186,6 +186,14 @@ class LikelihoodEvidence(Evidence):
             return [part.process for part in self.parts]
         pieces = torch.split(parameters, [free.size for free in self.free], dim=1)
         return [free.process(piece) for free, piece in zip(self.free, pieces, strict=True)]
+
+    def log_prior(self, parameters: Tensor) -> Tensor:
+        """log p(parameters) of all partitions: float64 `[T]`."""
+        pieces = torch.split(parameters, [free.size for free in self.free], dim=1)
+        total = torch.zeros(len(parameters), dtype=torch.float64)
+        for free, piece in zip(self.free, pieces, strict=True):
+            total += free.log_prior(piece)
+        return total
 
     def log_likelihood(self, merges: Tensor, lengths: Tensor, parameters: Tensor | None = None) -> Tensor:
         """log p(alignment | tree, lengths, parameters) of whole trees `[T, n-1, 2]`: float64 `[T]`."""

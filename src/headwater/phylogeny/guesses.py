@@ -49,7 +49,7 @@ def guess(evidence: LikelihoodEvidence, branch_rate: float, start: Tensor) -> Gu
         at, factor = _climbed(evidence, merges, b, at)
         b, log_marginal = _fitted(evidence, branch_rate, merges, b, at)
     volume = float(factor.diagonal().log().sum()) + 0.5 * len(start) * math.log(2 * math.pi)
-    return Guess(float(log_marginal.max()) + float(_log_prior(evidence, at[None])) + volume, at, factor)
+    return Guess(float(log_marginal.max()) + float(evidence.log_prior(at[None])) + volume, at, factor)
 
 
 def climb(evidence: Evidence, count: int = 64, moves: int = 400) -> Tensor:
@@ -88,13 +88,13 @@ def _climbed(evidence: LikelihoodEvidence, merges: Tensor, lengths: Tensor, at: 
 
     def value(x: Tensor) -> Tensor:
         tree, its = merges.expand(len(x), -1, -1).contiguous(), lengths.expand(len(x), -1, -1).contiguous()
-        return evidence.log_likelihood(tree, its, x) + _log_prior(evidence, x)
+        return evidence.log_likelihood(tree, its, x) + evidence.log_prior(x)
 
     for _ in range(_STEPS):
         slope, curvature = _differences(value, at)
         size, direction = torch.linalg.eigh(-curvature)
         step = direction @ ((direction.t() @ slope) / size.clamp(min=1.0))
-        step = (step / (step.abs().max() / 1.0).clamp(min=1.0)).float()
+        step = (step / step.abs().max().clamp(min=1.0)).float()  # none by more than 1
         tried = at + step * torch.tensor([0.0, 0.125, 0.25, 0.5, 1.0])[:, None]
         chosen = int(value(tried).argmax())
         at = tried[chosen]
@@ -116,12 +116,3 @@ def _differences(value: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tensor,
     mixed = both_up + both_down - up[i] - up[j] - down[i] - down[j] + 2 * middle
     curvature[i, j] = curvature[j, i] = mixed / (2 * _APART**2)
     return (up - down) / (2 * _APART), curvature
-
-
-def _log_prior(evidence: LikelihoodEvidence, x: Tensor) -> Tensor:
-    """Of coordinates `[T, p]`: float64 `[T]`."""
-    total = torch.zeros(len(x), dtype=torch.float64)
-    pieces = torch.split(x, [free.size for free in evidence.free], dim=1)
-    for free, piece in zip(evidence.free, pieces, strict=False):
-        total = total + free.log_prior(piece)
-    return total

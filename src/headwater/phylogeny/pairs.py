@@ -43,6 +43,11 @@ def pair_index(size: int) -> Tensor:
     return torch.triu_indices(size, size, 1)
 
 
+def pair_number(i: Tensor, j: Tensor, size: int) -> Tensor:
+    """The place of pair i < j, row by row in the upper triangle."""
+    return i * (2 * size - i - 1) // 2 + j - i - 1
+
+
 _LOG_2 = np.float32(math.log(2))
 _LOG_SQUARES = tuple(np.float32(2 / k) for k in (9, 7, 5, 3, 1))
 _TO_SIXTEENTH, _TO_QUARTER = np.float32(-1 / (16 * math.log(2))), np.float32(-1 / (4 * math.log(2)))

@@ -19,7 +19,7 @@ from headwater.phylogeny.blocks import Blocks
 from headwater.phylogeny.environment import Forests
 from headwater.phylogeny.evidence import Evidence, Grown
 from headwater.phylogeny.network import ForestEncoder, ForestNetwork, LengthHead, PairScore
-from headwater.phylogeny.pairs import PAIR_FEATURES, describe, pair_index
+from headwater.phylogeny.pairs import PAIR_FEATURES, describe, pair_index, pair_number
 from headwater.phylogeny.parameters import ParameterDensity
 from headwater.phylogeny.walks import forests_on_the_way, merges_of, tables_of, walks_to
 from headwater.policies.base import NO_EXPLORATION, Exploration, LogProbs, StatePolicy
@@ -144,7 +144,7 @@ class TreePolicy(StatePolicy):
         hidden = self.encoder(self._trees(nodes, roots, blocks, context), blocks.sizes)
         forward, flow = [], []
         for t, logits in enumerate(blocks.of_pairs(self.score(hidden, features, blocks.sizes))):
-            chosen = _pair_number(places[:, t, 0], places[:, t, 1], n - t)
+            chosen = pair_number(places[:, t, 0], places[:, t, 1], n - t)
             forward.append(logits.log_softmax(1)[blocks.forest(t), chosen])
         for t, of_trees in enumerate(blocks.of_trees(self.flow(hidden)[:, 0])):
             flow.append(of_trees.mean(1)[blocks.forest(t)])
@@ -336,7 +336,7 @@ class TreePolicy(StatePolicy):
         i, j = pair_index(n - steps)
         a, b = smallest[:, i], smallest[:, j]
         out = torch.full((count, self.environment.n_actions), NEVER)
-        return out.scatter(1, _pair_number(a, b, n), logits.log_softmax(1))
+        return out.scatter(1, pair_number(a, b, n), logits.log_softmax(1))
 
     def _finished(self, trajectories: Trajectories) -> tuple[Tensor, Tensor]:
         shape = (len(trajectories), self.n - 1, 2)
@@ -386,11 +386,6 @@ class TreePolicy(StatePolicy):
         if condition.ndim != 2 or condition.shape[1] != self.condition_size:
             raise ValueError(f"condition has shape {tuple(condition.shape)}, expected [T, {self.condition_size}]")
         return condition
-
-
-def _pair_number(i: Tensor, j: Tensor, size: int) -> Tensor:
-    """The place of pair i < j, row by row in the upper triangle."""
-    return i * (2 * size - i - 1) // 2 + j - i - 1
 
 
 def _choose(logits: Tensor, exploration: Exploration, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -73,7 +73,8 @@ class PhylogenyRecipe(Recipe):
     gaps: Literal["missing", "state"] = "missing"
     """For parsimony: a gap says nothing, or is a fifth state. To a likelihood it says nothing."""
     constant: float | None = None
-    """Of the parsimony reward, which only shifts log Z; if not given, the length of the best tree of a short climb."""
+    """It only shifts log Z: of parsimony, if not given, the length of the best tree of a short climb; taken from the log
+    posterior over a range of temperatures, where it is a first guess at the log marginal likelihood."""
     inverse_temperatures: tuple[float, float] | None = None
     """Learn R^beta for every beta = 1 / T in this range with one sampler, and sample at the largest. For parsimony 0.25
     to 4 if not given."""
@@ -151,7 +152,9 @@ class PhylogenyRecipe(Recipe):
     def base_reward(self) -> ParsimonyReward | PosteriorReward:
         """At inverse temperature 1."""
         if isinstance(self.evidence, LikelihoodEvidence):
-            return PosteriorReward(self.evidence, self.branch_rate)
+            # over a range of temperatures log Z is learned from zero on, so what is known of it is taken away
+            known = self.guess.log_marginal if self.temperatures and self.constant is None else self.constant
+            return PosteriorReward(self.evidence, self.branch_rate, known or 0.0)
         reward = ParsimonyReward(self.patterns.masks, self.patterns.weights, self._planes)
         reward.constant = float(reward.changes(climb(self.evidence))[0]) if self.constant is None else self.constant
         return reward

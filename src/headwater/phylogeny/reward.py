@@ -40,17 +40,17 @@ class PosteriorReward:
 
     Lengths are exponential of rate `branch_rate`, each by itself; all (2n - 5)!! unrooted topologies are equally
     probable. Objects are float32 `[T, 2 (n-1) + 2n-1 + p]`: a table, lengths above its nodes, and the coordinates of
-    model parameters, where they are sampled.
+    model parameters, where they are sampled. constant: taken from log R, so that powers of it stay near one.
     """
 
-    def __init__(self, evidence: LikelihoodEvidence, branch_rate: float = 10.0) -> None:
+    def __init__(self, evidence: LikelihoodEvidence, branch_rate: float = 10.0, constant: float = 0.0) -> None:
         if not 0 < branch_rate < math.inf:
             raise ValueError(f"branch_rate = {branch_rate}: must be positive")
-        self.evidence, self.branch_rate = evidence, branch_rate
+        self.evidence, self.branch_rate, self.constant = evidence, branch_rate, constant
 
     def __call__(self, objects: Objects, condition: Tensor) -> Tensor:
         values = torch.as_tensor(objects)
-        return (self.log_likelihood(values) + self.log_prior(values)).float()
+        return (self.log_likelihood(values) + self.log_prior(values) - self.constant).float()
 
     def log_likelihood(self, objects: Tensor) -> Tensor:
         """float64 `[T]`."""
@@ -64,9 +64,7 @@ class PosteriorReward:
         _, above, parameters = self._parts(objects)
         total = (2 * n - 3) * math.log(self.branch_rate) - self.branch_rate * above.double().sum(1) - log_topologies(n)
         if parameters is not None:
-            pieces = torch.split(parameters, [free.size for free in self.evidence.free], dim=1)
-            for free, piece in zip(self.evidence.free, pieces, strict=True):
-                total = total + free.log_prior(piece)
+            total += self.evidence.log_prior(parameters)
         return total
 
     def _parts(self, objects: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -86,6 +86,16 @@ def merges_of(tables: Tensor, made: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @kept_njit()
+def _children(beside, parent, smallest):  # type: ignore[no-untyped-def]
+    """A node's neighbours but its parent, the one with the smaller leaf first."""
+    low, high = -1, -1
+    for k in range(3):
+        if beside[k] != parent:
+            low, high = beside[k], low
+    return (low, high) if smallest[low] < smallest[high] else (high, low)
+
+
+@kept_njit()
 def rooted_table(first, second, length, n, root_a, root_b, table, above):  # type: ignore[no-untyped-def]
     """Write the table of an unrooted tree, given rooted.
 
@@ -139,16 +149,7 @@ def rooted_table(first, second, length, n, root_a, root_b, table, above):  # typ
         if node < n:
             smallest[node] = name[node] = node
         else:
-            low, high = -1, -1
-            for k in range(3):
-                other = beside[node, k]
-                if other != parent[node]:
-                    if low < 0:
-                        low = other
-                    else:
-                        high = other
-            if smallest[low] > smallest[high]:
-                low, high = high, low
+            low, high = _children(beside[node], parent[node], smallest)
             b = smallest[high]
             smallest[node], name[node] = smallest[low], n - 1 + b
             table[2 * (b - 1)], table[2 * (b - 1) + 1] = name[low], name[high]
@@ -218,16 +219,7 @@ def _walks_to(tables, above, uniform, merges, lengths):  # type: ignore[no-untyp
             if node < n:
                 smallest[node] = node
                 continue
-            low, high = -1, -1
-            for e in range(3):
-                other = beside[node, e]
-                if other != parent[node]:
-                    if low < 0:
-                        low = other
-                    else:
-                        high = other
-            if smallest[low] > smallest[high]:
-                low, high = high, low
+            low, high = _children(beside[node], parent[node], smallest)
             first[node - n], second[node - n], smallest[node] = low, high, smallest[low]
         if smallest[a] > smallest[b]:
             a, b = b, a

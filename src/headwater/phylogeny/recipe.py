@@ -73,8 +73,8 @@ class PhylogenyRecipe(Recipe):
     gaps: Literal["missing", "state"] = "missing"
     """For parsimony: a gap says nothing, or is a fifth state. To a likelihood it says nothing."""
     constant: float | None = None
-    """It only shifts log Z. Of parsimony, if not given, the length of the best tree of a short climb; of a posterior over
-    a range of temperatures, a first guess at the log marginal likelihood."""
+    """It only shifts log Z. Of parsimony, if not given, the length of the best tree of a short climb; of a posterior
+    over a range of temperatures, a first guess at the log marginal likelihood."""
     inverse_temperatures: tuple[float, float] | None = None
     """Learn R^beta for every beta = 1 / T in this range with one sampler, and sample at the largest. For parsimony 0.25
     to 4 if not given."""

@@ -107,6 +107,7 @@ class TreeChains(Explorer):
         pool = self.own
         chosen = (int(pool.turn) + torch.arange(count)) % len(pool.table)
         pool.turn += count
+        self._exchange(chosen, generator)
         for _ in range(self.settings.moves):
             self._move(chosen, generator)
         objects = self.trees.assembled(pool.table[chosen], pool.above[chosen], pool.coordinates[chosen])
@@ -137,6 +138,25 @@ class TreeChains(Explorer):
         if above is not None:
             pool.above[moved] = above[accepted]
 
+    def _exchange(self, chosen: Tensor, generator: torch.Generator) -> None:
+        """Neighbours in temperature among the `chosen`, `[K]`, change places, so that cold chains leave where they are
+        stuck (replica exchange, Geyer 1991)."""
+        pool = self.own
+        if not pool.condition.shape[1]:
+            return
+        uniform = torch.rand(len(chosen) + 1, dtype=torch.float64, generator=generator)
+        ordered = chosen[pool.condition[chosen, 0].argsort()][int(uniform[-1] < 0.5) :]
+        pairs = ordered[: len(ordered) // 2 * 2].view(-1, 2)
+        here, there = pairs.flatten(), pairs.flip(1).flatten()
+        objects = self.trees.assembled(pool.table[there], pool.above[there], pool.coordinates[there])
+        log_reward = self.reward(objects, pool.condition[here])
+        gain = (log_reward - pool.log_reward[here]).double().view(-1, 2).sum(1)
+        accepted = (uniform[: len(pairs)].log() < gain).repeat_interleave(2)
+        moved, taken = here[accepted], there[accepted]
+        pool.log_reward[moved] = log_reward[accepted]
+        for held in (pool.table, pool.above, pool.coordinates):
+            held[moved] = held[taken]
+
     def _start(self, generator: torch.Generator) -> None:
         pool, evidence = self.own, self.trees.evidence
         merges, lengths = neighbour_joining(
@@ -150,5 +170,8 @@ class TreeChains(Explorer):
             pool.coordinates.copy_(self.trees.parameter_density.start.expand_as(pool.coordinates))
         objects = self.trees.assembled(table, above, pool.coordinates)
         pool.log_reward.copy_(self.reward(objects, pool.condition))
-        for _ in range(self.settings.warm_up):
-            self._move(torch.arange(len(table)), generator)
+        everyone = torch.arange(len(table))
+        for move in range(self.settings.warm_up):
+            self._move(everyone, generator)
+            if move % self.settings.moves == 0:
+                self._exchange(everyone, generator)

@@ -29,11 +29,11 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable ".[rna,phylogeny]"
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable ".[rna,phylogeny,language,ray]"
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable ".[rna,phylogeny,dev]"
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable ".[rna,phylogeny,language,ray,dev]"
 	touch $@
 
 clean:

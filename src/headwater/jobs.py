@@ -37,7 +37,8 @@ def train(recipe: Recipe, name: str, folder: Path, command: Sequence[str] = (), 
     """Train a new run in `folder`, then draw samples, evaluate and write the report. Files that settings name are
     copied into it.
     """
-    recipe.problem(), recipe.given_states()  # what is wrong with a file or a reward shows before there is a folder
+    recipe = recipe.prepared(folder)
+    recipe.check()
     files = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
     inputs = {setting: path for setting, path in files.items() if isinstance(path, Path) and path.is_file()}
     run = Run.create(folder, name, recipe.settings(), list(command), recipe.seed, inputs)
@@ -55,7 +56,7 @@ def sample(folder: Path, count: int, condition: Sequence[float] | None = None, s
     sampler, run = Sampler.load(folder), Run.open(folder)
     with _remembering(run, sampler, SAMPLE):
         samples = sampler.sample(count, condition, seed)
-    samples = dataclasses.replace(samples, extra=sampler.recipe.columns(samples.objects))
+    samples = dataclasses.replace(samples, extra=samples.extra | sampler.recipe.columns(samples.objects))
     return [*run.write_samples(samples), *sampler.recipe.write_samples(run, samples)]
 
 
@@ -91,7 +92,7 @@ def _train(recipe: Recipe, run: Run, progress_bar: bool) -> Trainer:
         trainer = Trainer(
             problem.policy, problem.reward, problem.conditions, recipe.objective, recipe.training, recipe.exploration,
             recipe.replay, recipe.seed, run, _quick_evaluation(recipe, table), recipe.given_states(), recipe.search,
-            problem.explorer,
+            problem.explorer, problem.sharpness,
         )  # fmt: skip
         run.tidy()
         checkpoint = run.latest_checkpoint()
@@ -101,6 +102,7 @@ def _train(recipe: Recipe, run: Run, progress_bar: bool) -> Trainer:
         _keep(problem, recipe, table, trainer.policy.version)
         trainer.run(progress_bar)
     if not trainer.interrupted:
+        recipe.finish(run, trainer.sampler)
         sample(run.folder, recipe.samples)
         evaluate(run.folder)
         report(run.folder)
@@ -145,22 +147,31 @@ def _quick_evaluation(recipe: Recipe, table: ObjectTable | None) -> Evaluate:
     """What is measured again and again while training: on random numbers of its own, and with rewards that are not
     counted.
     """
-    twin, exact = recipe.problem(), recipe.exact_distribution()
-    _keep(twin, recipe, table)
+    exact = recipe.exact_distribution()
+    twins: list[Problem] = []  # built when it is first needed
 
     def measure(policy: Policy) -> Metrics:
         if table is not None:
             table.origin, table.iteration = EVALUATION, policy.version
         if exact is not None:
             return dict(exact.compare(policy))
+        own = recipe.quick_evaluation(policy)
+        if own is not None:
+            return own
+        if not twins:
+            twins.append(recipe.problem())
+            _keep(twins[0], recipe, table)
         generator = torch.Generator().manual_seed(recipe.seed + 1)
-        return dict(evaluation.bounds(policy, twin.reward, recipe.default_condition(), 128, generator))
+        return dict(evaluation.bounds(policy, twins[0].reward, recipe.default_condition(), 128, generator))
 
     return measure
 
 
 def _evaluation(run: Run, sampler: Sampler) -> dict[str, object]:
     recipe, policy, reward = sampler.recipe, sampler.problem.policy, sampler.problem.reward
+    own = recipe.evaluation(run, sampler)
+    if own is not None:
+        return own
     generator = torch.Generator().manual_seed(recipe.seed + 2)
     samples = run.samples() or sampler.sample(recipe.samples)
     rows = run.metrics()

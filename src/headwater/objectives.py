@@ -12,6 +12,13 @@ some stretch of a trajectory differs from the flow out of it. Nothing in this fi
 | subtb | log F(s_i) + sum_ij (log P_F - log P_B) - log F(s_j), weighted by lambda^(j-i) | arXiv 2209.12782 |
 | fldb, flsubtb | db and subtb with F(s) = R(s) F~(s) | Pan et al. 2023, arXiv 2302.01687 |
 | mle | none: -sum_t log P_F, on backward trajectories sampled from given objects | arXiv 2209.02606 |
+
+Two that balance nothing, to compare with: policy gradients of the reward with a penalty on the divergence from P_B.
+
+| name | loss | source |
+|---|---|---|
+| rloo | REINFORCE on log R - (log P_F - log P_B as drawn), less the mean of the others of its group | 2402.14740 |
+| grpo | clipped ratio to what drew it, times the reward in standard deviations of its group | 2402.03300 |
 """
 
 from __future__ import annotations
@@ -27,11 +34,15 @@ from torch.nn import functional
 from headwater.policies.base import LogProbs
 from headwater.trajectories import Trajectories
 
-Name = Literal["tb", "vargrad", "db", "mdb", "subtb", "fldb", "flsubtb", "mle"]
+Name = Literal["tb", "vargrad", "db", "mdb", "subtb", "fldb", "flsubtb", "mle", "rloo", "grpo"]
+Contrast = Literal["mean", "others", "pairs"]
 Penalty = Literal["squared", "huber", "log-cosh"]
 
 STEP_REWARD = "log_reward"
 """The per-step tensor `[S]` that holds log R of the state each step leaves, as if it were finished there."""
+
+STEP_BEHAVIOUR = "log_behaviour"
+"""The per-step tensor `[S]` of each step's log-probability under what drew it, where a policy keeps it."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +57,22 @@ class Objective:
     """Where huber turns linear."""
     subtb_lambda: float = 0.9
     """A stretch of k steps weighs lambda^k in subtb: 1 weighs all alike, small values approach detailed balance."""
+    contrast: Contrast = "mean"
+    """What vargrad compares a trajectory with: the mean of its group; the mean of the others (leave-one-out); or each
+    of the others by itself, in pairs. Squared, all three have the same gradient but for a factor."""
+    clip: float = 0.2
+    """How far from 1 grpo lets a step's probability ratio count."""
+    divergence: float = 0.0
+    """Weight of the divergence from the reference in grpo, per step."""
 
     def __post_init__(self) -> None:
-        if self.name not in get_args(Name):
-            raise ValueError(f"name = {self.name!r}: must be one of {', '.join(get_args(Name))}")
-        if self.penalty not in get_args(Penalty):
-            raise ValueError(f"penalty = {self.penalty!r}: must be one of {', '.join(get_args(Penalty))}")
+        for field, names in (("name", Name), ("penalty", Penalty), ("contrast", Contrast)):
+            if getattr(self, field) not in get_args(names):
+                raise ValueError(f"{field} = {getattr(self, field)!r}: must be one of {', '.join(get_args(names))}")
+        if not 0 < self.clip < 1:
+            raise ValueError(f"clip = {self.clip}: must be above 0 and below 1")
+        if not self.divergence >= 0:
+            raise ValueError(f"divergence = {self.divergence}: must not be negative")
         if not self.delta > 0:
             raise ValueError(f"delta = {self.delta}: must be positive")
         if not self.subtb_lambda > 0:
@@ -70,13 +91,21 @@ class Objective:
     def log_z(self, log_probs: LogProbs, batch: Trajectories) -> Tensor:
         """This objective's estimate of log Z at each trajectory's condition, `[T]`, without gradient."""
         with torch.no_grad():
-            if self.name in ("vargrad", "mle", "mdb"):
+            if self.name in ("vargrad", "mle", "mdb", "rloo", "grpo"):
                 ratio = path_log_ratio(log_probs, batch) - batch.log_reward
                 return -_group_mean(ratio, batch.group)
             if self.name == "tb":
                 return log_probs.log_z.detach()
             flow = _flow(log_probs, batch, forward_looking=self.name in ("fldb", "flsubtb"))
             return flow[batch.starts]
+
+    def in_units_of_reward(self, loss: Tensor, beta: float) -> Tensor:
+        """The loss of a reward r = beta log R, such that its gradient is the same whatever the beta, for equal
+        advantages in r: times beta / 2 for a squared residual of log R, times beta for its policy gradient.
+        """
+        if self.name == "grpo":  # in standard deviations already
+            return loss
+        return loss * (beta if self.name in ("rloo", "mle") else beta / 2)
 
     def cost(self, residual: Tensor) -> Tensor:
         """The penalty of each residual, same shape."""
@@ -158,7 +187,39 @@ def _trajectory_balance(objective: Objective, log_probs: LogProbs, batch: Trajec
 
 
 def _log_partition_variance(objective: Objective, log_probs: LogProbs, batch: Trajectories) -> Tensor:
-    return objective.cost(variance_residual(log_probs, batch)).mean()
+    if objective.contrast == "mean":
+        return objective.cost(variance_residual(log_probs, batch)).mean()
+    ratio = path_log_ratio(log_probs, batch) - batch.log_reward
+    if objective.contrast == "others":
+        return objective.cost(ratio - others_mean(ratio, batch.group)).mean()
+    first, second = _pairs(batch.group)
+    if not len(first):
+        return ratio.sum() * 0
+    return objective.cost(ratio[first] - ratio[second]).mean() / 2
+
+
+def _reinforce_leave_one_out(objective: Objective, log_probs: LogProbs, batch: Trajectories) -> Tensor:
+    log_prob = batch.sum(log_probs.forward.float())
+    with torch.no_grad():  # the divergence as it was when the trajectory was drawn, as a reward
+        score = batch.log_reward - (batch.log_behaviour - batch.sum(log_probs.backward.float()))
+        advantage = score - others_mean(score, batch.group)
+    return -(advantage * log_prob).mean()
+
+
+def _group_relative(objective: Objective, log_probs: LogProbs, batch: Trajectories) -> Tensor:
+    if STEP_BEHAVIOUR not in batch.steps:
+        raise ValueError("grpo needs a policy that keeps the log-probability of every step it draws")
+    forward, index = log_probs.forward.float(), batch.index
+    with torch.no_grad():
+        centred = batch.log_reward - _group_mean(batch.log_reward, batch.group)
+        spread = _group_mean(centred.square(), batch.group).sqrt()
+        advantage = (centred / (spread + 1e-4))[index]
+    ratio = (forward - batch.steps[STEP_BEHAVIOUR].float()).exp()
+    loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - objective.clip, 1 + objective.clip) * advantage)
+    if objective.divergence:  # k3 of Schulman 2020, unbiased on policy and never negative
+        behind = log_probs.backward.float() - forward
+        loss = loss + objective.divergence * (behind.exp() - behind - 1)
+    return (batch.sum(loss) / batch.lengths).mean()
 
 
 def _detailed_balance(objective: Objective, log_probs: LogProbs, batch: Trajectories) -> Tensor:
@@ -191,6 +252,8 @@ _LOSSES: dict[str, Callable[[Objective, LogProbs, Trajectories], Tensor]] = {
     "subtb": _subtrajectory_balance,
     "flsubtb": _subtrajectory_balance,
     "mle": _maximum_likelihood,
+    "rloo": _reinforce_leave_one_out,
+    "grpo": _group_relative,
 }
 
 
@@ -204,3 +267,16 @@ def _group_mean(values: Tensor, group: Tensor) -> Tensor:
     n_groups = int(group.max()) + 1 if group.numel() else 0
     total = torch.zeros(n_groups, device=values.device).index_add(0, group, values)
     return (total / torch.bincount(group, minlength=n_groups))[group]
+
+
+def others_mean(values: Tensor, group: Tensor) -> Tensor:
+    """The mean over the other members of each one's group: `[T]`. A group of one has its own value."""
+    size = torch.bincount(group)[group]
+    return torch.where(size > 1, (_group_mean(values, group) * size - values) / (size - 1).clamp(min=1), values)
+
+
+def _pairs(group: Tensor) -> tuple[Tensor, Tensor]:
+    """Every ordered pair of different members of one group: two `[P]` indices."""
+    same = group[:, None] == group[None, :]
+    first, second = same.fill_diagonal_(False).nonzero(as_tuple=True)
+    return first, second

@@ -59,9 +59,8 @@ class Sampler:
         if count < 1:
             raise ValueError(f"count = {count}: must be at least 1")
         generator = torch.Generator().manual_seed(self.recipe.seed if seed is None else seed)
-        row = self.condition(condition)
         policy, reward = self.problem.policy, self.problem.reward
-        asked = row.expand(count, -1)
+        asked = self.recipe.asked(count) if condition is None else self.condition(condition).expand(count, -1)
         trajectories = policy.sample(asked, NO_EXPLORATION, generator)
         trajectories = trajectories.with_log_reward(reward(policy.objects(trajectories), asked))
         trajectories = trajectories.select(~trajectories.log_reward.isnan())
@@ -70,8 +69,9 @@ class Sampler:
             log_prob = self._log_prob(trajectories, walks, generator)
         return Samples(
             objects=self.recipe.text(policy.objects(trajectories)),
-            log_reward=trajectories.log_reward.double().numpy(),
-            log_prob=log_prob.double().numpy(),
+            log_reward=trajectories.log_reward.double().cpu().numpy(),
+            log_prob=log_prob.double().cpu().numpy(),
+            extra=self.recipe.condition_columns(trajectories.condition),
         )
 
     def _log_prob(self, trajectories: Trajectories, walks: int, generator: torch.Generator) -> Tensor:

@@ -26,7 +26,7 @@ from headwater.conditions import Conditions
 from headwater.events import Events
 from headwater.native import keep_freed_memory
 from headwater.objectives import Objective
-from headwater.policies.base import Policy
+from headwater.policies.base import LogProbs, Policy
 from headwater.replay import ReplaySettings
 from headwater.reward import Reward, cache_of
 from headwater.runs import Checkpoint, Metrics, Run
@@ -49,6 +49,8 @@ class Training:
     """Trajectories an iteration drawn from the replay besides the fresh ones."""
     replay_backward: bool = False
     """Walk a new path back from each replayed object, in the place of the remembered one."""
+    only_replayed: bool = False
+    """Learn from the replay alone: what is fresh gets there first."""
     group_size: int = 1
     """Fresh trajectories that share one condition; at least 2 for vargrad under conditions."""
     learning_rate: float = 1e-3
@@ -59,6 +61,9 @@ class Training:
     """How the rates fall from their start to zero."""
     clip_gradient: float = 10.0
     """Largest norm of a gradient; 0 for no limit."""
+    steps_at_once: int = 0
+    """Steps of trajectories whose activations are held at once; a larger batch is learned from in parts, with the same
+    gradient. 0 for no limit."""
     log_every: int = 50
     """Iterations between logged metrics."""
     evaluate_every: int = 1000
@@ -70,9 +75,11 @@ class Training:
         for name in ("iterations", "batch_size", "group_size", "log_every", "evaluate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
-        for name in ("replayed", "clip_gradient", "log_z_learning_rate"):
+        for name in ("replayed", "clip_gradient", "log_z_learning_rate", "steps_at_once"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must not be negative")
+        if self.only_replayed and not self.replayed:
+            raise ValueError("only_replayed: replayed = 0 leaves nothing to learn from; set it to a batch's size")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate = {self.learning_rate}: must be positive")
 
@@ -81,6 +88,38 @@ class Training:
         if self.schedule == "linear":
             return 1 - progress
         return 0.5 * (1 + math.cos(math.pi * progress)) if self.schedule == "cosine" else 1.0
+
+
+@dataclass(frozen=True)
+class Sharpness:
+    """The weight beta of a reward r in the target, R = exp(r / beta), as the run goes on. At small beta the target is
+    sharp; between, P_B says more (as a reference model's divergence penalty, beta is the weight of it).
+    """
+
+    beta: float = 1.0
+    """At the start."""
+    beta_end: float | None = None
+    """At the end of the fall; the same as at the start if not given."""
+    until: float = 1.0
+    """Share of the run over which beta falls, or rises, linearly."""
+    per_staleness: float = 0.0
+    """Beta is larger by this share of itself for each update that the batch is behind, on average."""
+
+    def __post_init__(self) -> None:
+        for name in ("beta", "beta_end"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} = {value}: must be positive")
+        if not 0 < self.until <= 1:
+            raise ValueError(f"until = {self.until}: must be above 0 and at most 1")
+        if not 0 <= self.per_staleness < math.inf:
+            raise ValueError(f"per_staleness = {self.per_staleness}: must not be negative")
+
+    def at(self, progress: float, staleness: float = 0.0) -> float:
+        """After `progress`, the share of the run that is done, for a batch so many updates behind."""
+        end = self.beta if self.beta_end is None else self.beta_end
+        beta = self.beta + (end - self.beta) * min(progress / self.until, 1.0)
+        return beta * (1 + self.per_staleness * staleness)
 
 
 class NonFiniteLoss(RuntimeError):
@@ -92,7 +131,7 @@ class Trainer:
 
     given: final states `[N, width]` of objects to learn from, in the place of drawing new ones; the objective "mle"
     needs them, every other may take them. explorer: makes who draws in the place of the policy that it is given, if
-    `exploration` does not say.
+    `exploration` does not say. sharpness: if given, the reward says r and the target is exp(r / beta).
     """
 
     def __init__(
@@ -110,9 +149,10 @@ class Trainer:
         given: Tensor | None = None,
         search: SearchSettings | None = None,
         explorer: Callable[[Policy], Explorer] | None = None,
+        sharpness: Sharpness | None = None,
     ) -> None:
         keep_freed_memory()
-        self.policy, self.objective, self.training = policy, objective, training
+        self.policy, self.objective, self.training, self.sharpness = policy, objective, training, sharpness
         self.exploration = exploration or ExplorationSettings()
         self.run_folder, self.evaluate = run, evaluate
         self.generator = torch.Generator().manual_seed(seed)
@@ -165,38 +205,65 @@ class Trainer:
         batch = self.search.collect(self.training.batch_size, exploration)
         fresh = batch
         if self.replay is not None and len(self.replay):
-            batch = Trajectories.concatenate([batch, self._replayed()])
+            replayed = self._replayed()
+            batch = replayed if self.training.only_replayed else Trajectories.concatenate([batch, replayed])
         self.iteration += 1
         if not len(batch):  # every reward of this batch failed
             return {"iteration": self.iteration, "epsilon": exploration.epsilon}
-        log_probs = self.policy.log_probs(batch)
-        loss = total = self.objective(log_probs, batch)
-        if self.explorer is not None:
-            total = loss + self.explorer.loss(self.objective, log_probs, batch, self.generator)
+        beta = 1.0
+        if self.sharpness is not None:
+            beta = self.sharpness.at(progress, float((self.policy.version - batch.version).float().mean()))
+            batch = batch.with_log_reward(batch.log_reward / beta)
         clear_gradients(self.optimizer)
-        total.backward()  # type: ignore[no-untyped-call]
+        loss, log_probs = self._learn(batch, beta)
         gradient_norm = norms = self._clip_gradient(self.policy)
         if self.explorer is not None:
             norms += self._clip_gradient(self.explorer.own)
-        if not (math.isfinite(norms) and math.isfinite(total.item())):
-            self._refuse(batch, total, norms)
+        if not (math.isfinite(norms) and math.isfinite(loss)):
+            self._refuse(batch, loss, norms)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * self.training.rate(progress)
         adam_step(self.optimizer)
+        measures = self.policy.measures(log_probs, batch) if self._is_reported else {}
         self.policy.version += 1
+        self.policy.after_update()
         self._move_average()
         self.search.publish()
         if not self._is_reported:
             return {}
+        if self.sharpness is not None:
+            measures["beta"] = beta
         return {
             "iteration": self.iteration,
-            "loss": loss.item(),
+            "loss": loss,
             "log_z": self.objective.log_z(log_probs, batch).mean().item(),
             "mean_log_reward": fresh.log_reward.mean().item(),
             "mean_length": fresh.lengths.float().mean().item(),
             "gradient_norm": gradient_norm,
             "epsilon": exploration.epsilon,
+            **measures,
         }
+
+    def _learn(self, batch: Trajectories, beta: float) -> tuple[float, LogProbs]:
+        """Add the gradient of the loss to the parameters; returns the loss, and what the policy said of the batch."""
+        limit = self.training.steps_at_once
+        whole = not limit or batch.n_steps <= limit or len(batch) == 1
+        if whole:
+            log_probs = self.policy.log_probs(batch)
+        else:
+            parts = batch.split(_sizes(batch.lengths.tolist(), limit))
+            with torch.no_grad():  # the loss of the whole batch first, then its gradient part by part
+                log_probs = LogProbs.concatenate([self.policy.log_probs(part) for part in parts]).as_leaves()
+        loss = total = self.objective(log_probs, batch)
+        if self.sharpness is not None:
+            loss = total = self.objective.in_units_of_reward(loss, beta)
+        if self.explorer is not None:
+            total = loss + self.explorer.loss(self.objective, log_probs, batch, self.generator)
+        total.backward()  # type: ignore[no-untyped-call]
+        if not whole:
+            for part, upstream in zip(parts, log_probs.split_gradients(parts), strict=True):
+                self.policy.log_probs(part).backward_with(upstream)
+        return total.item(), log_probs
 
     def _replayed(self) -> Trajectories:
         assert self.replay is not None
@@ -264,13 +331,13 @@ class Trainer:
             torch._foreach_mul_(gradients, limit / norm)
         return norm
 
-    def _refuse(self, batch: Trajectories, loss: Tensor, gradient_norm: float) -> None:
+    def _refuse(self, batch: Trajectories, loss: float, gradient_norm: float) -> None:
         where = ""
         if self.run_folder is not None:
             path = self.run_folder.folder / "non-finite-batch.safetensors"
             batch.save(path)
             where = f"; the batch is in {path}, the last good checkpoint is kept"
-        raise NonFiniteLoss(f"iteration {self.iteration}: loss {loss.item()}, gradient norm {gradient_norm}{where}")
+        raise NonFiniteLoss(f"iteration {self.iteration}: loss {loss}, gradient norm {gradient_norm}{where}")
 
     # Checkpoints: all that one iteration hands to the next.
 
@@ -390,3 +457,15 @@ class _Log:
         if self.run is not None and self.events is not None:
             self.run.append_metrics(metrics)
             self.events.write(metrics)
+
+
+def _sizes(lengths: list[int], limit: int) -> list[int]:
+    """How many consecutive trajectories to take at a time so that their steps stay within `limit`, at least one."""
+    sizes, steps = [0], 0
+    for length in lengths:
+        if sizes[-1] and steps + length > limit:
+            sizes.append(0)
+            steps = 0
+        sizes[-1] += 1
+        steps += length
+    return sizes

@@ -5,6 +5,7 @@ trajectories are.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,41 @@ class LogProbs:
     log_flow: Tensor | None = None
     log_exit: Tensor | None = None
     auxiliary: Tensor | None = None
+
+    @staticmethod
+    def concatenate(parts: Sequence[LogProbs]) -> LogProbs:
+        """Of one batch, from what was said of its consecutive parts. Raises ValueError where there is an auxiliary
+        loss, which may depend on the whole."""
+        if any(part.auxiliary is not None for part in parts):
+            raise ValueError("this policy has a loss of its own, which cannot be learned in parts: steps_at_once = 0")
+        columns = {name: [getattr(part, name) for part in parts] for name in _TENSORS}
+        return LogProbs(**{name: torch.cat(values) for name, values in columns.items() if values[0] is not None})
+
+    def as_leaves(self) -> LogProbs:
+        """The same numbers, as what a gradient is asked for."""
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in self._tensors().items()}
+        return LogProbs(**leaves)
+
+    def split_gradients(self, parts: Sequence[Trajectories]) -> list[dict[str, Tensor]]:
+        """The gradients at these leaves, by name, cut into those of consecutive parts of the batch."""
+        cut = []
+        for name, tensor in self._tensors().items():
+            if tensor.grad is not None:
+                rows = [len(part) if name == "log_z" else part.n_steps for part in parts]
+                cut.append([(name, piece) for piece in torch.split(tensor.grad, rows)])
+        return [dict(pieces) for pieces in zip(*cut, strict=True)]
+
+    def backward_with(self, upstream: dict[str, Tensor]) -> None:
+        """Carry gradients on from here to the parameters."""
+        pairs = [(getattr(self, name), gradient) for name, gradient in upstream.items()]
+        pairs = [(tensor, gradient) for tensor, gradient in pairs if tensor.requires_grad]
+        torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in _TENSORS if getattr(self, name) is not None}
+
+
+_TENSORS = ("forward", "backward", "log_z", "log_flow", "log_exit")
 
 
 @dataclass(frozen=True)
@@ -83,6 +119,13 @@ class Policy(nn.Module):
     def walks_backward(self) -> bool:
         """Whether `sample_backward` is there to be used."""
         return type(self).sample_backward is not Policy.sample_backward
+
+    def measures(self, log_probs: LogProbs, batch: Trajectories) -> dict[str, float]:
+        """Figures of this policy's own for the metrics, of a batch that it has just learned from."""
+        return {}
+
+    def after_update(self) -> None:
+        """Called when the weights have changed, with `version` already counted."""
 
     def log_z_parameters(self) -> list[nn.Parameter]:
         """The parameters of the log-partition function, which learn at a rate of their own."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -28,9 +28,12 @@ from headwater.policies.environment_policy import Backward
 from headwater.replay import ReplaySettings
 from headwater.report import Section
 from headwater.reward import CACHE_CAPACITY, CachedReward, Reward, TemperedReward
-from headwater.runs import Run, Samples, Setting
+from headwater.runs import Metrics, Run, Samples, Setting
 from headwater.search import Explorer, SearchSettings
-from headwater.training import ExplorationSettings, Training
+from headwater.training import ExplorationSettings, Sharpness, Training
+
+if TYPE_CHECKING:
+    from headwater.sampler import Sampler
 
 GROUP = "headwater.recipes"
 ENUMERATION_LIMIT = 200_000
@@ -40,13 +43,15 @@ ENUMERATION_LIMIT = 200_000
 @dataclass
 class Problem:
     """What a run trains: a policy, the reward that it learns, the conditions that it is asked for; and, where the
-    domain has its own way to search, what makes the explorer that draws in the policy's place.
+    domain has its own way to search, what makes the explorer that draws in the policy's place. sharpness: where the
+    reward says r, and exp(r / beta) is the target.
     """
 
     policy: Policy
     reward: Reward
     conditions: Conditions
     explorer: Callable[[Policy], Explorer] | None = None
+    sharpness: Sharpness | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,31 @@ class Recipe(ABC):
         """
         return None
 
+    def prepared(self, folder: Path) -> Recipe:
+        """The recipe with all that it needs made under `folder`, where a run is about to start."""
+        return self
+
+    def asked(self, count: int) -> Tensor:
+        """The conditions of `count` samples, `[count, C]`: the default one for each."""
+        row = self.default_condition()
+        return (torch.empty(1, 0) if row is None else row).expand(count, -1)
+
+    def check(self) -> None:
+        """Raise what is wrong with a file or a reward, before there is a run."""
+        self.problem(), self.given_states()
+
+    def finish(self, run: Run, policy: Policy) -> None:
+        """Write what else a trained run leaves behind."""
+        return
+
+    def quick_evaluation(self, policy: Policy) -> Metrics | None:
+        """What is measured again and again while training; None for bounds on log Z."""
+        return None
+
+    def evaluation(self, run: Run, sampler: Sampler) -> dict[str, object] | None:
+        """The figures of evaluation.json; None for those that suit every sampler of one distribution."""
+        return None
+
     def text(self, objects: Objects) -> list[str]:
         """Each object as one line of text, different objects as different text."""
         return [
@@ -133,6 +163,10 @@ class Recipe(ABC):
 
     def measures(self, samples: Samples) -> dict[str, float]:
         """Further figures of the samples for the evaluation, such as the modes found."""
+        return {}
+
+    def condition_columns(self, condition: Tensor) -> dict[str, list[object]]:
+        """Further columns of a table of objects, from what was asked for, `[N, C]`."""
         return {}
 
     def columns(self, objects: Sequence[str]) -> dict[str, list[object]]:

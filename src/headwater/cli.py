@@ -18,6 +18,7 @@ from headwater import __version__, jobs
 from headwater.recipes import EnvironmentRecipe, available, find
 from headwater.runs import Run
 from headwater.settings import load_recipe, parse_recipe, read_config
+from headwater.training import Trainer
 
 _DESCRIPTION = """Learn to draw many different good answers, in proportion to how good they are.
 
@@ -136,16 +137,18 @@ def _train(options: argparse.Namespace) -> int:
     short = name.rpartition(":")[2].lower()
     folder = options.out or Path("runs") / f"{short}-{datetime.now():%Y%m%d-%H%M%S}"
     trainer = jobs.train(recipe, name, folder, options.command_line, progress_bar=not options.quiet)
-    return _ended(trainer.interrupted, folder)
+    return _ended(trainer, folder)
 
 
 def _resume(options: argparse.Namespace) -> int:
     trainer = jobs.resume(options.folder, progress_bar=not options.quiet)
-    return _ended(trainer.interrupted, options.folder)
+    return _ended(trainer, options.folder)
 
 
-def _ended(interrupted: bool, folder: Path) -> int:
-    if interrupted:
+def _ended(trainer: Trainer, folder: Path) -> int:
+    if trainer.learners is not None and not trainer.learners.leads:  # the leader says all there is to say
+        return 0
+    if trainer.interrupted:
         print(f"\nStopped with a checkpoint. Go on with: headwater resume {folder}", file=sys.stderr)
         return 130
     print(_table(folder))

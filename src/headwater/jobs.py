@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from headwater import evaluation
+from headwater.learners import Learners
 from headwater.objects import EVALUATION, SAMPLE, ObjectTable
 from headwater.policies import EnvironmentPolicy, Exploration, Policy
 from headwater.recipes.base import Problem, Recipe
@@ -37,18 +38,24 @@ def train(recipe: Recipe, name: str, folder: Path, command: Sequence[str] = (), 
     """Train a new run in `folder`, then draw samples, evaluate and write the report. Files that settings name are
     copied into it.
     """
+    learners = Learners.join()
+    if learners is not None and not learners.leads:
+        return _follow(learners)
     recipe = recipe.prepared(folder)
     recipe.check()
     files = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
     inputs = {setting: path for setting, path in files.items() if isinstance(path, Path) and path.is_file()}
     run = Run.create(folder, name, recipe.settings(), list(command), recipe.seed, inputs)
-    return _train(load_recipe(run) if inputs else recipe, run, progress_bar)
+    return _train(load_recipe(run) if inputs else recipe, run, progress_bar, learners)
 
 
 def resume(folder: Path, progress_bar: bool = True) -> Trainer:
     """Go on with an interrupted run from its newest checkpoint, to the same end as if it had never stopped."""
+    learners = Learners.join()
+    if learners is not None and not learners.leads:
+        return _follow(learners)
     run = Run.open(folder)
-    return _train(load_recipe(run), run, progress_bar)
+    return _train(load_recipe(run), run, progress_bar, learners)
 
 
 def sample(folder: Path, count: int, condition: Sequence[float] | None = None, seed: int | None = None) -> list[Path]:
@@ -84,16 +91,41 @@ def objects(folder: Path, count: int | None = None) -> list[Path]:
     return Run.open(folder).write_objects(count)
 
 
-def _train(recipe: Recipe, run: Run, progress_bar: bool) -> Trainer:
+def _follow(learners: Learners) -> Trainer:
+    """Share in the learning of the run that the leader has opened."""
+    run = Run.open(Path(learners.announce()))
+    recipe = load_recipe(run)
+    problem = _begin(recipe)
+    trainer = _trainer(recipe, problem, None, None, learners)
+    checkpoint = run.latest_checkpoint()
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    trainer.follow()
+    return trainer
+
+
+def _begin(recipe: Recipe) -> Problem:
     torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
-    problem = recipe.problem()
+    return recipe.problem()
+
+
+def _trainer(
+    recipe: Recipe, problem: Problem, run: Run | None, table: ObjectTable | None, learners: Learners | None
+) -> Trainer:
+    return Trainer(
+        problem.policy, problem.reward, problem.conditions, recipe.objective, recipe.training, recipe.exploration,
+        recipe.replay, recipe.seed, run, _quick_evaluation(recipe, table), recipe.given_states(), recipe.search,
+        problem.explorer, problem.sharpness, learners,
+    )  # fmt: skip
+
+
+def _train(recipe: Recipe, run: Run, progress_bar: bool, learners: Learners | None) -> Trainer:
+    if learners is not None:
+        learners.announce(str(run.folder))
+    problem = _begin(recipe)
     with _held(run), _table(run, recipe) as table:
-        trainer = Trainer(
-            problem.policy, problem.reward, problem.conditions, recipe.objective, recipe.training, recipe.exploration,
-            recipe.replay, recipe.seed, run, _quick_evaluation(recipe, table), recipe.given_states(), recipe.search,
-            problem.explorer, problem.sharpness,
-        )  # fmt: skip
+        trainer = _trainer(recipe, problem, run, table, learners)
         run.tidy()
         checkpoint = run.latest_checkpoint()
         run.forget_metrics_after(checkpoint.iteration if checkpoint else 0)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from headwater.adam import adam_step, clear_gradients
 from headwater.conditions import Conditions
 from headwater.events import Events
+from headwater.learners import Learners
 from headwater.native import keep_freed_memory
 from headwater.objectives import Objective
 from headwater.policies.base import LogProbs, Policy
@@ -131,7 +132,8 @@ class Trainer:
 
     given: final states `[N, width]` of objects to learn from, in the place of drawing new ones; the objective "mle"
     needs them, every other may take them. explorer: makes who draws in the place of the policy that it is given, if
-    `exploration` does not say. sharpness: if given, the reward says r and the target is exp(r / beta).
+    `exploration` does not say. sharpness: if given, the reward says r and the target is exp(r / beta). learners: the
+    processes that share the learning, if there are several.
     """
 
     def __init__(
@@ -150,9 +152,11 @@ class Trainer:
         search: SearchSettings | None = None,
         explorer: Callable[[Policy], Explorer] | None = None,
         sharpness: Sharpness | None = None,
+        learners: Learners | None = None,
     ) -> None:
         keep_freed_memory()
         self.policy, self.objective, self.training, self.sharpness = policy, objective, training, sharpness
+        self.learners = learners
         self.exploration = exploration or ExplorationSettings()
         self.run_folder, self.evaluate = run, evaluate
         self.generator = torch.Generator().manual_seed(seed)
@@ -184,7 +188,7 @@ class Trainer:
         Raises NonFiniteLoss after writing the batch down; the checkpoint before it stays.
         """
         log = _Log(self.run_folder, self.training.iterations, self.iteration, progress_bar)
-        with self._interruptible(), closing(self.search), log:
+        with self._interruptible(), closing(self.search), log, self._leading():
             while self.iteration < self.training.iterations and not self.interrupted:
                 began = time.perf_counter()
                 metrics = self.update()
@@ -214,20 +218,11 @@ class Trainer:
         if self.sharpness is not None:
             beta = self.sharpness.at(progress, float((self.policy.version - batch.version).float().mean()))
             batch = batch.with_log_reward(batch.log_reward / beta)
-        clear_gradients(self.optimizer)
-        loss, log_probs = self._learn(batch, beta)
-        gradient_norm = norms = self._clip_gradient(self.policy)
-        if self.explorer is not None:
-            norms += self._clip_gradient(self.explorer.own)
-        if not (math.isfinite(norms) and math.isfinite(loss)):
-            self._refuse(batch, loss, norms)
-        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * self.training.rate(progress)
-        adam_step(self.optimizer)
+        if self.learners is not None:
+            self.learners.tell(batch, beta, progress)
+        loss, log_probs, gradient_norm = self._step(batch, beta, progress)
         measures = self.policy.measures(log_probs, batch) if self._is_reported else {}
-        self.policy.version += 1
-        self.policy.after_update()
-        self._move_average()
+        self._count_update()
         self.search.publish()
         if not self._is_reported:
             return {}
@@ -244,26 +239,81 @@ class Trainer:
             **measures,
         }
 
+    def follow(self) -> None:
+        """Learn from what the leader of several learners hands out, until it has no more."""
+        assert self.learners is not None
+        while (told := self.learners.listen()) is not None:
+            batch, beta, progress = told
+            self._step(batch.to(self.search.searcher.device), beta, progress)
+            self._count_update()
+
+    def _step(self, batch: Trajectories, beta: float, progress: float) -> tuple[float, LogProbs, float]:
+        """Change the weights; returns the loss, what the policy said of the batch, and the norm of its gradient."""
+        clear_gradients(self.optimizer)
+        loss, log_probs = self._learn(batch, beta)
+        gradient_norm = norms = self._clip_gradient(self.policy)
+        if self.explorer is not None:
+            norms += self._clip_gradient(self.explorer.own)
+        if not (math.isfinite(norms) and math.isfinite(loss)):
+            self._refuse(batch, loss, norms)
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * self.training.rate(progress)
+        adam_step(self.optimizer)
+        return loss, log_probs, gradient_norm
+
+    def _count_update(self) -> None:
+        self.policy.version += 1
+        self.policy.after_update()
+        self._move_average()
+
     def _learn(self, batch: Trajectories, beta: float) -> tuple[float, LogProbs]:
         """Add the gradient of the loss to the parameters; returns the loss, and what the policy said of the batch."""
-        limit = self.training.steps_at_once
-        whole = not limit or batch.n_steps <= limit or len(batch) == 1
-        if whole:
-            log_probs = self.policy.log_probs(batch)
-        else:
-            parts = batch.split(_sizes(batch.lengths.tolist(), limit))
-            with torch.no_grad():  # the loss of the whole batch first, then its gradient part by part
-                log_probs = LogProbs.concatenate([self.policy.log_probs(part) for part in parts]).as_leaves()
+        sizes = self._sizes(batch)
+        parts = batch.split(sizes) if len(sizes) > 1 else []
+        # of parts, the loss of the whole batch first, then its gradient part by part
+        log_probs = self._log_probs_of(parts).as_leaves() if parts else self.policy.log_probs(batch)
         loss = total = self.objective(log_probs, batch)
         if self.sharpness is not None:
             loss = total = self.objective.in_units_of_reward(loss, beta)
         if self.explorer is not None:
             total = loss + self.explorer.loss(self.objective, log_probs, batch, self.generator)
         total.backward()  # type: ignore[no-untyped-call]
-        if not whole:
-            for part, upstream in zip(parts, log_probs.split_gradients(parts), strict=True):
-                self.policy.log_probs(part).backward_with(upstream)
+        for number, upstream in enumerate(log_probs.split_gradients(parts) if parts else []):
+            if self._is_mine(number):
+                self.policy.log_probs(parts[number]).backward_with(upstream)
+        if self.learners is not None and parts:
+            self.learners.sum_gradients(self.policy)
         return total.item(), log_probs
+
+    def _sizes(self, batch: Trajectories) -> list[int]:
+        """How many consecutive trajectories each part of the batch has: within the limit of steps at once, and enough
+        parts for all learners."""
+        lengths, limit = batch.lengths.tolist(), self.training.steps_at_once or batch.n_steps
+        if self.learners is not None:
+            limit = min(limit, -(-batch.n_steps // self.learners.size))
+        sizes, steps = [0], 0
+        for length in lengths:
+            if sizes[-1] and steps + length > limit:
+                sizes.append(0)
+                steps = 0
+            sizes[-1] += 1
+            steps += length
+        return sizes
+
+    def _is_mine(self, part: int) -> bool:
+        return self.learners is None or part % self.learners.size == self.learners.rank
+
+    def _log_probs_of(self, parts: list[Trajectories]) -> LogProbs:
+        """What the policy says of all parts, without gradient, each learner asking it about its own."""
+        with torch.no_grad():
+            mine = {n: self.policy.log_probs(part) for n, part in enumerate(parts) if self._is_mine(n)}
+            if self.learners is None:
+                return LogProbs.concatenate(list(mine.values()))
+            like = self.policy.log_probs(parts[0]) if not mine else next(iter(mine.values()))
+            said = [mine[n] if n in mine else like.zeros_for(part) for n, part in enumerate(parts)]
+            whole = LogProbs.concatenate(said)
+            self.learners.sum(list(whole.tensors().values()))
+            return whole
 
     def _replayed(self) -> Trajectories:
         assert self.replay is not None
@@ -409,6 +459,13 @@ class Trainer:
         self.iteration = checkpoint.iteration
 
     @contextmanager
+    def _leading(self) -> Iterator[None]:
+        """Let the other learners go when there is no more to learn."""
+        yield
+        if self.learners is not None:
+            self.learners.dismiss()
+
+    @contextmanager
     def _interruptible(self) -> Iterator[None]:
         """A first Ctrl-C or SIGTERM lets the iteration end; a second one stops at once."""
 
@@ -457,15 +514,3 @@ class _Log:
         if self.run is not None and self.events is not None:
             self.run.append_metrics(metrics)
             self.events.write(metrics)
-
-
-def _sizes(lengths: list[int], limit: int) -> list[int]:
-    """How many consecutive trajectories to take at a time so that their steps stay within `limit`, at least one."""
-    sizes, steps = [0], 0
-    for length in lengths:
-        if sizes[-1] and steps + length > limit:
-            sizes.append(0)
-            steps = 0
-        sizes[-1] += 1
-        steps += length
-    return sizes

@@ -46,13 +46,13 @@ class LogProbs:
 
     def as_leaves(self) -> LogProbs:
         """The same numbers, as what a gradient is asked for."""
-        leaves = {name: tensor.detach().requires_grad_() for name, tensor in self._tensors().items()}
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in self.tensors().items()}
         return LogProbs(**leaves)
 
     def split_gradients(self, parts: Sequence[Trajectories]) -> list[dict[str, Tensor]]:
         """The gradients at these leaves, by name, cut into those of consecutive parts of the batch."""
         cut = []
-        for name, tensor in self._tensors().items():
+        for name, tensor in self.tensors().items():
             if tensor.grad is not None:
                 rows = [len(part) if name == "log_z" else part.n_steps for part in parts]
                 cut.append([(name, piece) for piece in torch.split(tensor.grad, rows)])
@@ -64,7 +64,13 @@ class LogProbs:
         pairs = [(tensor, gradient) for tensor, gradient in pairs if tensor.requires_grad]
         torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def zeros_for(self, part: Trajectories) -> LogProbs:
+        """Zeros in the shape of what would be said of another batch."""
+        rows = {name: len(part) if name == "log_z" else part.n_steps for name in _TENSORS}
+        return LogProbs(**{name: tensor.new_zeros(rows[name]) for name, tensor in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is there, by name, without the auxiliary loss."""
         return {name: getattr(self, name) for name in _TENSORS if getattr(self, name) is not None}
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -119,8 +120,11 @@ def test_no_more_requests_than_allowed_are_under_way_at_once(server: FakeVLLM, t
 # What a server must be
 
 
-def test_log_probabilities_before_the_temperature_are_refused_at_the_start(server: FakeVLLM, tmp_path: Path) -> None:
-    server.processed = False
+@pytest.mark.parametrize("reports", ["raw_logprobs", "processed_logits"])
+def test_all_but_log_probabilities_at_the_temperature_are_refused_at_the_start(
+    server: FakeVLLM, tmp_path: Path, reports: Literal["raw_logprobs", "processed_logits"]
+) -> None:
+    server.reports = reports
     with pytest.raises(ServerError, match="--logprobs-mode processed_logprobs"):
         client(server, tmp_path)
 
@@ -128,7 +132,7 @@ def test_log_probabilities_before_the_temperature_are_refused_at_the_start(serve
 def test_a_model_without_preference_is_checked_once_it_has_one(server: FakeVLLM, tmp_path: Path) -> None:
     trained = {name: tensor.clone() for name, tensor in server.model.state_dict().items()}
     torch.nn.init.zeros_(server.model.lm_head.weight)
-    server.processed = False
+    server.reports = "raw_logprobs"
     generator = client(server, tmp_path)
     generator.load(trained, 1)
     with pytest.raises(ServerError, match="--logprobs-mode processed_logprobs"):
@@ -253,6 +257,23 @@ def test_a_refusal_is_not_repeated_and_names_url_status_and_reason(server: FakeV
     assert len(server.calls) == before + 1
 
 
+def test_a_refusal_does_not_wait_for_requests_that_are_still_under_way(server: FakeVLLM, tmp_path: Path) -> None:
+    def slow(handler: Handler, body: Body) -> None:
+        time.sleep(1.5)
+        handler.send(500, "")
+
+    def refuses(handler: Handler, body: Body) -> None:
+        time.sleep(0.1)
+        handler.send(400, "no")
+
+    generator = client(server, tmp_path)
+    server.misbehaviour["/v1/completions"] = [slow, refuses]
+    before = time.monotonic()
+    with pytest.raises(ServerError, match="status 400"):
+        generator.generate([[2, 3], [4]], SAMPLING, seed=0)
+    assert time.monotonic() - before < 1
+
+
 @pytest.mark.parametrize("drips", [False, True])
 def test_an_answer_has_to_come_in_time(server: FakeVLLM, tmp_path: Path, drips: bool) -> None:
     def slow(handler: Handler, body: Body) -> None:
@@ -274,7 +295,7 @@ def test_an_answer_has_to_come_in_time(server: FakeVLLM, tmp_path: Path, drips: 
 
 
 @pytest.mark.parametrize("announced", [True, False])
-def test_an_answer_that_is_too_long_is_not_read(server: FakeVLLM, tmp_path: Path, announced: bool) -> None:
+def test_an_answer_that_is_too_long_is_not_read_to_its_end(server: FakeVLLM, tmp_path: Path, announced: bool) -> None:
     def long(handler: Handler, body: Body) -> None:
         handler.send_response(200)
         if announced:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import parse_qs, urlsplit
 
 import torch
@@ -77,7 +77,7 @@ class FakeVLLM(ThreadingHTTPServer):
         self.calls: list[str] = []
         self.requests: list[Body] = []
         self.misbehaviour: dict[str, list[Misbehaviour]] = {}  # by path: what happens to the next requests
-        self.processed = True
+        self.reports: Literal["processed_logprobs", "raw_logprobs", "processed_logits"] = "processed_logprobs"
         self.end: int | None = END
         self.running = threading.Event()
         self.running.set()
@@ -128,7 +128,8 @@ class FakeVLLM(ThreadingHTTPServer):
                 logits = self.model(torch.tensor([body["prompt"] + tokens])).logits[0, -1]
             tempered = torch.log_softmax(logits / body["temperature"], 0)
             drawn = int(torch.multinomial(tempered.exp(), 1, generator=generator))
-            reported = tempered if self.processed else torch.log_softmax(logits, 0)
+            raw = torch.log_softmax(logits, 0)
+            reported = {"processed_logprobs": tempered, "raw_logprobs": raw}.get(self.reports, tempered + 4)
             tokens.append(drawn)
             chosen.append(float(reported[drawn]))
             shown = [drawn, *reported.topk(body["logprobs"]).indices.tolist()]

@@ -152,7 +152,7 @@ class VLLMGenerator:
     def _gives_tempered_log_probs(self) -> bool:
         """Whether reported log-probabilities follow the temperature; False where that cannot be told, since the model
         has no preference. At temperature 2 the differences between those of two tokens are half as large as at 1."""
-        gaps = []
+        gaps, masses = [], []
         chosen: list[str] = []
         for temperature in (1.0, 2.0):
             body = self._body((0,), 1, Sampling(temperature, 1), 0) | {"logprobs": 5}
@@ -163,17 +163,18 @@ class VLLMGenerator:
                 top = _field(_field(choice, "logprobs", dict), "top_logprobs", list)[0]
                 chosen = chosen or [max(top, key=top.__getitem__), min(top, key=top.__getitem__)]
                 gaps.append(top[chosen[0]] - top[chosen[1]])
+                masses.append(sum(math.exp(min(value, 1.0)) for value in top.values()))
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise ServerError(
                     f"{self.server.url}{_COMPLETIONS} gives no token ids with their log-probabilities: it must be a "
                     f"vLLM that knows return_token_ids ({type(error).__name__}: {error})"
                 ) from error
-        if gaps[0] == 0:
+        if gaps[0] == 0 and masses[0] <= 1.001:
             return False
-        if abs(gaps[1] - gaps[0] / 2) > abs(gaps[1] - gaps[0]):
+        if max(masses) > 1.001 or abs(gaps[1] - gaps[0] / 2) > abs(gaps[1] - gaps[0]):
             raise ServerError(
-                f"{self.server.url} reports log-probabilities before the temperature, which are not those that tokens "
-                "are drawn with: start it with --logprobs-mode processed_logprobs"
+                f"{self.server.url} reports logits, or log-probabilities before the temperature, which are not those "
+                "that tokens are drawn with: start it with --logprobs-mode processed_logprobs"
             )
         return True
 

@@ -440,6 +440,25 @@ def test_nothing_is_drawn_from_weights_that_did_not_arrive_whole(server: FakeVLL
     check_log_probs(tiny_llama(2), [2, 3], completion, 0.7)
 
 
+def test_completions_asked_for_while_weights_arrive_wait_for_them(server: FakeVLLM, tmp_path: Path) -> None:
+    generator = client(server, tmp_path)
+    arriving, asked = threading.Event(), threading.Event()
+
+    def slow(handler: Handler, body: Body) -> Body:
+        arriving.set()
+        assert asked.wait(10)
+        return server.collective_rpc(body)
+
+    server.misbehaviour["/collective_rpc"] = [slow]
+    loading = threading.Thread(target=generator.load, args=(tiny_llama(1).state_dict(), 1))
+    loading.start()
+    assert arriving.wait(10)
+    threading.Timer(0.1, asked.set).start()
+    (completion,) = generator.generate([[2, 3]], SAMPLING, seed=0)
+    loading.join(10)
+    check_log_probs(tiny_llama(1), [2, 3], completion, 0.7)
+
+
 def test_weights_that_cannot_be_written_leave_the_server_as_it_was(server: FakeVLLM, tmp_path: Path) -> None:
     (tmp_path / "full").write_text("no folder")
     generator = client(server, tmp_path / "full")
@@ -462,9 +481,15 @@ UPDATE = [
 ]  # fmt: skip
 
 
-def test_a_broadcast_meets_the_servers_side_of_it(server: FakeVLLM, tmp_path: Path) -> None:
-    server.wire = Wire()
-    generator = client(server, tmp_path, transfer=NCCLTransfer(lambda: server.wire))  # type: ignore[arg-type,return-value]
+@pytest.mark.parametrize("nccl", [False, True])
+def test_a_broadcast_meets_the_servers_side_of_it(
+    server: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nccl: bool
+) -> None:
+    wire = server.wire = Wire()
+    if nccl:
+        wire.stand_in_for_nccl(monkeypatch)
+    transfer = NCCLTransfer((lambda: NCCLGroup("cpu")) if nccl else (lambda: wire))
+    generator = client(server, tmp_path, transfer=transfer)
     first = len(server.calls)
     for version, dtype in ((3, torch.float32), (4, torch.bfloat16)):
         weights = {name: tensor.to(dtype) for name, tensor in tiny_llama(version).state_dict().items()}

@@ -8,12 +8,13 @@ import json
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qs, urlsplit
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -49,7 +50,7 @@ class Wire:
     """Both ends of a group that carries tensors in this process: each end waits until the other takes part."""
 
     def __init__(self) -> None:
-        self.learner_joined, self.workers_joined = threading.Event(), threading.Event()
+        self.learner_joined, self.workers_joined, self.warm = threading.Event(), threading.Event(), threading.Event()
         self.tensors: queue.Queue[Tensor] = queue.Queue()
         self.size = 0
 
@@ -57,14 +58,42 @@ class Wire:
         return b"\xff" * 128
 
     def join(self, unique_id: bytes, size: int) -> None:
-        self.size = size
-        self.learner_joined.set()
-        assert self.workers_joined.wait(20)
+        self.meet(size)
+        self.warm.set()
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             self.tensors.put(tensor.clone())
         self.tensors.join()
+
+    def meet(self, size: int) -> None:
+        self.size = size
+        self.learner_joined.set()
+        assert self.workers_joined.wait(20)
+
+    def stand_in_for_nccl(self, patch: pytest.MonkeyPatch) -> None:
+        """Put this wire under torch's functions for NCCL, so that the code that calls them can run without a GPU."""
+
+        def init_rank(size: int, unique_id: bytes, rank: int) -> Wire:
+            assert (unique_id, rank) == (self.unique_id(), 0)
+            self.meet(size)
+            return self
+
+        def all_reduce(tensors: list[Tensor], comms: list[Wire]) -> None:
+            assert comms == [self]
+            assert [(tensor.dtype, tensor.numel()) for tensor in tensors] == [(torch.float32, 1)]
+            self.warm.set()
+
+        def broadcast(tensors: list[Tensor], comms: list[Wire]) -> None:
+            assert comms == [self]
+            assert self.warm.is_set()
+            self.tensors.put(tensors[0].clone())
+
+        patch.setattr(torch._C, "_nccl_init_rank", None, raising=False)
+        patch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        patch.setattr(torch.cuda, "synchronize", self.tensors.join)
+        for function in (self.unique_id, init_rank, all_reduce, broadcast):
+            patch.setattr(torch.cuda.nccl, function.__name__, function)
 
 
 class FakeVLLM(ThreadingHTTPServer):
@@ -176,6 +205,7 @@ class FakeVLLM(ThreadingHTTPServer):
         assert self.wire.learner_joined.wait(20)
         assert info["world_size"] == self.wire.size == 3
         self.wire.workers_joined.set()
+        assert self.wire.warm.wait(5), "the learner did not take part in the first all_reduce"
         return {"message": "Weight transfer initialized"}
 
     def start_weight_update(self) -> Body:

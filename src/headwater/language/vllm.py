@@ -103,15 +103,21 @@ class VLLMGenerator:
         """
         with self._loading:
             self.transfer.prepare(self.server, weights, version)
-            self._unusable = f"stays paused: version {version} did not arrive whole"
-            self.server.post(f"/pause?mode={self.pause}")
-            self.transfer.send(self.server, weights, version)
-            # What was computed of prompts and unfinished completions belongs to the old weights.
-            reset = self.server.post("/reset_prefix_cache?reset_running_requests=true&reset_external=true")
-            if isinstance(reset, dict) and reset.get("success") is False:
-                raise ServerError(f"{self.server.url}/reset_prefix_cache: the server kept what old weights computed")
-            self.server.post("/resume")
+            try:
+                self._replace(weights, version)
+            except BaseException:
+                self._unusable = f"stays paused: version {version} did not arrive whole"
+                raise
             self._unusable = None
+
+    def _replace(self, weights: Mapping[str, Tensor], version: int) -> None:
+        self.server.post(f"/pause?mode={self.pause}")
+        self.transfer.send(self.server, weights, version)
+        # What was computed of prompts and unfinished completions belongs to the old weights.
+        reset = self.server.post("/reset_prefix_cache?reset_running_requests=true&reset_external=true")
+        if isinstance(reset, dict) and reset.get("success") is False:
+            raise ServerError(f"{self.server.url}/reset_prefix_cache: the server kept what old weights computed")
+        self.server.post("/resume")
 
     def _wait_until_healthy(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds

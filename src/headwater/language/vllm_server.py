@@ -101,13 +101,13 @@ class Server:
             watchdog.daemon = True
             watchdog.start()
             connection.request(method, parts.path + path, payload, headers)
-            response = connection.getresponse()
-            data = response.read(self.most_bytes + 1)
-            if len(data) > self.most_bytes:
-                raise ServerError(f"{self.url}{path}: the answer is longer than {self.most_bytes} bytes")
-            if response.length:  # announced and not sent, which read(size) does not mind
-                raise http.client.IncompleteRead(data, response.length)
-            return response.status, _seconds(response.getheader("Retry-After")), data
+            with connection.getresponse() as response:
+                data = response.read(self.most_bytes + 1)
+                if len(data) > self.most_bytes:
+                    raise ServerError(f"{self.url}{path}: the answer is longer than {self.most_bytes} bytes")
+                if response.length:  # announced and not sent, which read(size) does not mind
+                    raise http.client.IncompleteRead(data, response.length)
+                return response.status, _seconds(response.getheader("Retry-After")), data
         except (OSError, http.client.HTTPException) as error:
             if time.monotonic() >= deadline:
                 raise _Late from error

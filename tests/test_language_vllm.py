@@ -129,6 +129,22 @@ def test_all_but_log_probabilities_at_the_temperature_are_refused_at_the_start(
         client(server, tmp_path)
 
 
+@pytest.mark.parametrize("divided_by", [1.0, 2.0])
+def test_the_check_looks_at_tokens_that_both_answers_show(server: FakeVLLM, tmp_path: Path, divided_by: float) -> None:
+    def shows(top: dict[str, float]) -> object:
+        return lambda handler, body: {"choices": [{"token_ids": [9], "logprobs": {"top_logprobs": [top]}}]}
+
+    likeliest = {"token_id:1": -1.0, "token_id:2": -2.0, "token_id:3": -3.0}
+    later = {name: value / divided_by - 0.5 for name, value in likeliest.items()}
+    drawn = {"token_id:9": -8.0}, {"token_id:8": -7.0}  # which is shown too, however unlikely it is
+    server.misbehaviour["/v1/completions"] = [shows(likeliest | drawn[0]), shows(later | drawn[1])]  # type: ignore[list-item]
+    if divided_by == 2:
+        client(server, tmp_path)
+    else:
+        with pytest.raises(ServerError, match="processed_logprobs"):
+            client(server, tmp_path)
+
+
 def test_a_model_without_preference_is_checked_once_it_has_one(server: FakeVLLM, tmp_path: Path) -> None:
     trained = {name: tensor.clone() for name, tensor in server.model.state_dict().items()}
     torch.nn.init.zeros_(server.model.lm_head.weight)

@@ -158,31 +158,28 @@ class VLLMGenerator:
     def _gives_tempered_log_probs(self) -> bool:
         """Whether reported log-probabilities follow the temperature; False where that cannot be told, since the model
         has no preference. At temperature 2 the differences between those of two tokens are half as large as at 1."""
-        gaps, masses = [], []
-        chosen: list[str] = []
+        tops: list[dict[str, float]] = []
         for temperature in (1.0, 2.0):
-            body = self._body((0,), 1, Sampling(temperature, 1), 0) | {"logprobs": 5}
-            answer = self.server.post(_COMPLETIONS, body)
+            answer = self.server.post(_COMPLETIONS, self._body((0,), 1, Sampling(temperature, 1), 0) | {"logprobs": 5})
             try:
                 choice = _field(answer, "choices", list)[0]
                 _field(choice, "token_ids", list)
                 top = _field(_field(choice, "logprobs", dict), "top_logprobs", list)[0]
-                chosen = chosen or [max(top, key=top.__getitem__), min(top, key=top.__getitem__)]
-                gaps.append(top[chosen[0]] - top[chosen[1]])
-                masses.append(sum(math.exp(min(value, 1.0)) for value in top.values()))
+                tops.append({name: float(value) for name, value in top.items()})
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise ServerError(
                     f"{self.server.url}{_COMPLETIONS} gives no token ids with their log-probabilities: it must be a "
                     f"vLLM that knows return_token_ids ({type(error).__name__}: {error})"
                 ) from error
-        if gaps[0] == 0 and masses[0] <= 1.001:
-            return False
+        both = sorted(tops[0].keys() & tops[1].keys(), key=tops[0].__getitem__)  # the token drawn is in one at times
+        masses = [sum(math.exp(min(value, 1.0)) for value in top.values()) for top in tops]
+        gaps = [top[both[-1]] - top[both[0]] if both else 0.0 for top in tops]
         if max(masses) > 1.001 or abs(gaps[1] - gaps[0] / 2) > abs(gaps[1] - gaps[0]):
             raise ServerError(
                 f"{self.server.url} reports logits, or log-probabilities before the temperature, which are not those "
                 "that tokens are drawn with: start it with --logprobs-mode processed_logprobs"
             )
-        return True
+        return gaps[0] > 0
 
     def _check_prompt(self, prompt: tuple[int, ...], place: int, sampling: Sampling) -> None:
         if not prompt or not all(0 <= token < self.vocabulary for token in prompt):

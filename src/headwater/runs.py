@@ -117,12 +117,18 @@ class Run:
         run.write_json("provenance.json", provenance(command, seed))
         run._write_text("README.md", _README.format(folder=folder, recipe=recipe))
         kept = {setting: f"{INPUTS}/{path.name}" for setting, path in (inputs or {}).items()}
+        made = f"{folder}/{INPUTS}/"  # by the recipe, for this run
+        within = {
+            name: f"{INPUTS}/{value[len(made) :]}"
+            for name, value in settings.items()
+            if isinstance(value, str) and value.startswith(made)
+        }
         for setting, path in (inputs or {}).items():
             (folder / INPUTS).mkdir(exist_ok=True)
             with writing(folder / kept[setting]):
                 shutil.copyfile(path, folder / kept[setting])
         # Last: a folder with settings is a run, and all that it needs is there.
-        run._write_text("settings.toml", tomli_w.dumps({"recipe": recipe, **settings, **kept}))
+        run._write_text("settings.toml", tomli_w.dumps({"recipe": recipe, **settings, **within, **kept}))
         return run
 
     @staticmethod

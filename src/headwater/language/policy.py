@@ -19,8 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headwater.environments.base import Objects
 from headwater.language.backbone import Backbone
+from headwater.language.backends import Remote
 from headwater.language.data import Completion
-from headwater.language.generation import Generated, Generator, ModelGenerator, Sampling
+from headwater.language.generation import Generated, ModelGenerator, Sampling
 from headwater.objectives import STEP_BEHAVIOUR, path_log_ratio
 from headwater.policies.base import Exploration, LogProbs, Policy
 from headwater.trajectories import Trajectories
@@ -38,7 +39,7 @@ class LanguagePolicy(Policy):
     model without them, at no cost in memory. Otherwise the reference is a copy. prompts: token numbers of each prompt,
     at least one; a condition row `[index]` names one. reset_every: updates after which the reference becomes what the
     policy is; 0 for never. learns_log_z: whether log Z(prompt) is learned, as a linear function of the model's state
-    at the prompt's end, rather than estimated from a group.
+    at the prompt's end, rather than estimated from a group. remote: who writes the completions, if not this process.
 
     Steps of a trajectory: `token`, int32; and of each token its log-probability when it was drawn (`STEP_BEHAVIOUR`)
     and under the reference (`REFERENCE`). The end of sequence is a step where the model chose it. Where the length
@@ -55,6 +56,7 @@ class LanguagePolicy(Policy):
         sampling: Sampling,
         reset_every: int = 0,
         learns_log_z: bool = False,
+        remote: Remote | None = None,
     ) -> None:
         super().__init__()
         self.model, self.tokenizer, self.sampling, self.reset_every = model, tokenizer, sampling, reset_every
@@ -68,7 +70,7 @@ class LanguagePolicy(Policy):
         self.log_z_head = nn.Linear(hidden, 1) if learns_log_z else None
         if self.log_z_head is not None:
             nn.init.zeros_(self.log_z_head.weight), nn.init.zeros_(self.log_z_head.bias)
-        self.generator: Generator = ModelGenerator(self.backbone, tokenizer)
+        self.local, self.remote = ModelGenerator(self.backbone, tokenizer), remote
         self._eval_only(inner)
 
     def sample(self, condition: Tensor, exploration: Exploration, generator: torch.Generator) -> Trajectories:
@@ -80,8 +82,19 @@ class LanguagePolicy(Policy):
         sampling = Sampling(
             self.sampling.temperature * exploration.temperature, self.sampling.max_new_tokens, self.sampling.stop
         )
-        written = self.generator.generate([self.prompts[n].tolist() for n in numbers], sampling, seed)
+        writer = self.local if self.remote is None else self.remote.up_to_date(self.model, self.version)
+        written = writer.generate([self.prompts[n].tolist() for n in numbers], sampling, seed)
         return self.trajectories(condition, written)
+
+    @contextmanager
+    def writing_here(self) -> Iterator[None]:
+        """For a while, completions are written by this process, whoever writes them otherwise: a server that another
+        searches with is left alone."""
+        remote, self.remote = self.remote, None
+        try:
+            yield
+        finally:
+            self.remote = remote
 
     @torch.no_grad()
     def trajectories(self, condition: Tensor, written: Sequence[Generated]) -> Trajectories:
@@ -129,7 +142,7 @@ class LanguagePolicy(Policy):
 
     def finished(self, trajectories: Trajectories) -> Tensor:
         """Whether the model itself ended each completion: bool `[T]`."""
-        ends = torch.tensor(ends_of(self.backbone, self.tokenizer), device=trajectories.device)
+        ends = torch.tensor(self.local.ends, device=trajectories.device)
         return torch.isin(trajectories.steps["token"][trajectories.last], ends)
 
     def measures(self, log_probs: LogProbs, batch: Trajectories) -> dict[str, float]:
@@ -237,11 +250,6 @@ class LanguagePolicy(Policy):
     def _eval_only(self, inner: PreTrainedModel) -> None:
         self.model.eval()
         inner.eval()
-
-
-def ends_of(backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a sequence."""
-    return ModelGenerator(backbone, tokenizer).ends
 
 
 def _is_peft(model: nn.Module) -> bool:

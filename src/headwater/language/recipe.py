@@ -12,6 +12,7 @@ from torch import Tensor
 
 from headwater.conditions import ConditionTable
 from headwater.environments.base import Objects
+from headwater.language.backends import VLLM, Remote
 from headwater.language.data import Prompt, read_prompts
 from headwater.language.generation import Sampling
 from headwater.language.loading import Lora, Precision, load_model, load_tokenizer, save_model
@@ -77,6 +78,8 @@ class LanguageRecipe(Recipe):
     """Of the weights. On a GPU the arithmetic is in bfloat16 in any case, sums of log-probabilities in float32."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
+    vllm: VLLM = field(default_factory=VLLM)
+    """Write completions with a vLLM server."""
     completions: int = 8
     """Completions of each test prompt in the evaluation: pass@1 up to pass@ this."""
     objective: Objective = field(default_factory=lambda: Objective("vargrad"))
@@ -118,6 +121,8 @@ class LanguageRecipe(Recipe):
             raise ValueError("replay.per_condition: completions of one prompt are compared, so 2 or more of them")
         if training.replay_backward:
             raise ValueError("training.replay_backward: a completion has one path, from left to right")
+        if self.vllm.url and self.search.searchers > 1:
+            raise ValueError("search.searchers: one searcher for one vLLM server, which serves many requests at once")
         if self.completions < 1:
             raise ValueError(f"completions = {self.completions}: must be at least 1")
         _ = self.read
@@ -165,8 +170,12 @@ class LanguageRecipe(Recipe):
 
     def problem(self) -> Problem:
         model = load_model(self.model, self.on, self.precision, self.lora, self.recompute)
+        remote = None
+        if self.vllm.url:
+            remote = Remote(lambda: self.vllm.connect(policy.backbone, self.tokenizer), self.vllm.every)
+        learns_log_z = self.objective.name == "tb"
         policy = LanguagePolicy(
-            model, self.tokenizer, self.token_ids(), self.sampling, self.reset_every, self.objective.name == "tb"
+            model, self.tokenizer, self.token_ids(), self.sampling, self.reset_every, learns_log_z, remote
         ).to(self.on)
         rows = torch.arange(self.read[1], dtype=torch.float32)[:, None]
         return Problem(policy, self.base_reward, ConditionTable(rows), sharpness=self.sharpness)

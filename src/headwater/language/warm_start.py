@@ -117,7 +117,7 @@ def train_tokenizer(texts: Sequence[str], size: int = 512) -> PreTrainedTokenize
     tokenizer.train_from_iterator(texts, trainer)
     begin = tokenizer.token_to_id(_BEGIN)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{_BEGIN} $A", special_tokens=[(_BEGIN, begin)])
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=_BEGIN,
         eos_token=_END,

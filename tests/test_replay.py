@@ -33,16 +33,19 @@ members = st.lists(
 
 
 @settings(max_examples=150, deadline=None)
-@given(capacity=st.integers(1, 12), batches=st.lists(members, min_size=1, max_size=25), reload=st.integers(0, 24))
+@given(
+    capacity=st.integers(1, 12), each=st.integers(0, 5), batches=st.lists(members, min_size=1, max_size=25),
+    reload=st.integers(0, 24),
+)  # fmt: skip
 def test_a_replay_holds_what_a_plain_list_would(
-    capacity: int, batches: list[list[tuple[int, float, int]]], reload: int
+    capacity: int, each: int, batches: list[list[tuple[int, float, int]]], reload: int
 ) -> None:
-    replay = Replay(capacity, Recent())
+    replay = Replay(capacity, Recent(), each)
     model: list[Trajectories] = []
     recent = 0
     for serial, rows in enumerate(batches):
         if serial == reload:
-            restored = Replay(capacity, Recent())
+            restored = Replay(capacity, Recent(), each)
             restored.load_state(replay.state())
             replay = restored
         if rows:
@@ -52,6 +55,9 @@ def test_a_replay_holds_what_a_plain_list_would(
                 model = [
                     entry for entry in model if (entry.identity, entry.condition) != (one.identity, one.condition)
                 ] + [one]
+            if each:
+                alike = [[later.condition for later in model[place:]] for place in range(len(model))]
+                model = [one for one, after in zip(model, alike, strict=True) if after.count(one.condition) <= each]
             model = model[-capacity:]
             recent = sum(int(entry.version) == serial for entry in model)
             replay.add(batch)

@@ -163,15 +163,30 @@ def test_per_condition_draws_full_groups_of_different_conditions_and_within_each
     for one in (7, -2, 4):
         inside = torch.tensor(condition) == one
         weight[inside] /= weight[inside].sum()
-    assert chi_square(rule, entries, weight) < 4
+    assert chi_square(PerCondition(RewardSoftmax(1.0), 1), entries, weight) < 4
     with pytest.raises(ValueError, match="cannot draw 6 entries, 4 of each condition"):
         rule.draw(6, entries, Generator())
 
 
-def test_per_condition_keeps_the_recent_batch_of_each_condition() -> None:
-    entries = entries_of([0.0] * 6, [1, 1, 1, 2, 2, 1], recent=2)
-    drawn = PerCondition(Mixture(1.0, Uniform()), 50).draw(100, entries, Generator().manual_seed(0))
-    assert set(drawn.tolist()) == {4, 5}
+def test_the_members_of_a_group_differ_where_there_are_enough() -> None:
+    entries = entries_of([5.0, *[0.0] * 7], [1] * 6 + [2] * 2)
+    drawn = PerCondition(RewardSoftmax(0.1), 4).draw(8, entries, Generator().manual_seed(0)).view(2, 4)
+    for group in drawn.tolist():
+        large = group[0] < 6
+        assert len(set(group)) == (4 if large else 2)
+        assert not large or 0 in group  # which the rule draws
+
+
+def test_a_recent_group_is_the_newest_of_a_condition_in_the_recent_batch() -> None:
+    entries = entries_of([0.0] * 8, [1, 1, 1, 2, 2, 1, 3, 2], recent=2)
+    rule = PerCondition(Uniform(), 2, 1.0)
+    groups = {tuple(rule.draw(2, entries, Generator().manual_seed(seed)).tolist()) for seed in range(20)}
+    assert groups == {(4, 7), (6, 6)}
+    half = PerCondition(Uniform(), 1, 0.5)
+    drawn = torch.cat([half.draw(1, entries, Generator().manual_seed(seed)) for seed in range(4000)])
+    assert abs(float((drawn == 6).float().mean()) - (0.5 / 2 + 0.5 / 3)) < 0.03  # the only one of its condition
+    none = entries_of([0.0] * 4, [1, 1, 2, 2], recent=0)
+    assert len(rule.draw(4, none, Generator().manual_seed(0))) == 4
 
 
 def test_settings_build_the_rule_that_they_name() -> None:
@@ -179,7 +194,7 @@ def test_settings_build_the_rule_that_they_name() -> None:
     assert ReplaySettings(rule="rank", rank_weight=0.1).build().rule == RewardRank(0.1)
     assert ReplaySettings(rule="recent").build().rule == Recent()
     built = ReplaySettings(capacity=9, rule="uniform", recent_probability=0.5, per_condition=4).build()
-    assert built.rule == PerCondition(Mixture(0.5, Uniform()), 4)
+    assert built.rule == PerCondition(Uniform(), 4, 0.5)
     assert built.capacity == 9
     assert ReplaySettings(rule="uniform", candidates=3).build().rule == Diverse(Uniform(), 3)
 

@@ -56,17 +56,19 @@ _FORMAT = "headwater.replay.1"
 
 
 class Replay:
-    """Remembers up to `capacity` trajectories, on the CPU; the oldest leave first. Not to be shared between threads.
+    """Remembers up to `capacity` trajectories, and of one condition up to `per_condition_capacity` (0 for no limit), on
+    the CPU; the oldest leave first. Not to be shared between threads.
 
     There is one entry for each pair of (identity, condition): a newer trajectory takes the place of the older, and
     counts as newest.
     """
 
-    def __init__(self, capacity: int, rule: Rule) -> None:
+    def __init__(self, capacity: int, rule: Rule, per_condition_capacity: int = 0) -> None:
         require(capacity >= 1, "capacity", capacity, "at least 1")
-        self.capacity = capacity
+        require(per_condition_capacity >= 0, "per_condition_capacity", per_condition_capacity, "at least 0")
+        self.capacity, self.per_condition_capacity = capacity, per_condition_capacity
         self.rule = rule
-        self._store = Store(capacity)
+        self._store = Store(capacity, per_condition_capacity)
 
     def __len__(self) -> int:
         return self._store.count
@@ -96,7 +98,7 @@ class Replay:
         """Become the replay whose `state` this is; raises ValueError, and changes nothing, if it is no such state."""
         if "recent" not in tensors:
             raise ValueError("not the state of a replay: missing recent")
-        store = Store(self.capacity)
+        store = Store(self.capacity, self.per_condition_capacity)
         if len(tensors) > 1:
             batch = Trajectories.from_tensors({name: tensors[name] for name in tensors if name != "recent"})
             store.add(batch, int(tensors["recent"]))
@@ -136,9 +138,12 @@ class ReplaySettings:
     quantile: float = 0.9
     """Quantile of reward that separates the strata."""
     recent_probability: float = 0.0
-    """Probability that a draw is from the most recent batch, whatever the rule."""
+    """Probability that a draw is from the most recent batch, whatever the rule; with per_condition, a whole group."""
     per_condition: int = 0
-    """Draw this many entries of each condition that is drawn; 0 draws without regard to conditions."""
+    """Draw this many entries of each condition that is drawn, different ones where there are so many; 0 draws without
+    regard to conditions."""
+    per_condition_capacity: int = 0
+    """Trajectories of one condition remembered, the oldest leave first; 0 for no limit of its own."""
     candidates: int = 1
     """Candidates for each trajectory drawn, by the rule; above 1 the most different are kept, the best among them."""
     distance: str = "hamming"
@@ -148,7 +153,8 @@ class ReplaySettings:
         require(self.capacity >= 1, "capacity", self.capacity, "at least 1")
         require(self.rule in self._rules(), "rule", self.rule, "one of " + ", ".join(self._rules()))
         require(0 <= self.recent_probability <= 1, "recent_probability", self.recent_probability, "from 0 to 1")
-        require(self.per_condition >= 0, "per_condition", self.per_condition, "at least 0")
+        for name in ("per_condition", "per_condition_capacity"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         require(self.candidates >= 1, "candidates", self.candidates, "at least 1")
         named = self.distance == "hamming" or ":" in self.distance
         require(named, "distance", self.distance, "hamming or module:function")
@@ -157,7 +163,7 @@ class ReplaySettings:
         """An empty replay of these settings. objects: how trajectories give the objects that `distance` takes, such as
         `Policy.objects`. Raises ValueError where the distance cannot be found."""
         rule = self._rules()[self.rule]
-        if self.recent_probability:
+        if self.recent_probability and not self.per_condition:
             rule = Mixture(self.recent_probability, rule)
         if self.candidates > 1 and self.distance == "hamming":
             rule = Diverse(rule, self.candidates)
@@ -165,8 +171,8 @@ class ReplaySettings:
             function = cast(Callable[[object, object], float], load_function(self.distance, "distance"))
             rule = Diverse(rule, self.candidates, Pairwise(function), objects)
         if self.per_condition:
-            rule = PerCondition(rule, self.per_condition)
-        return Replay(self.capacity, rule)
+            rule = PerCondition(rule, self.per_condition, self.recent_probability)
+        return Replay(self.capacity, rule, self.per_condition_capacity)
 
     def _rules(self) -> dict[str, Rule]:
         require(0 < self.rank_weight < float("inf"), "rank_weight", self.rank_weight, "above 0")

@@ -149,7 +149,11 @@ class Mixture:
 
 @dataclass(frozen=True)
 class PerCondition:
-    """First conditions, uniformly and as different as possible, then `per_condition` entries of each by `rule`.
+    """First conditions, uniformly and as different as possible, then `per_condition` entries of each by `rule`,
+    different ones where there are so many.
+
+    With probability `recent_probability` a group is recent: its condition is one of those in the most recent batch, and
+    its members are the newest of that condition (Bartoldson et al. 2025, TBA).
 
     So every group of the log-partition variance objective has several members. `draw` raises ValueError where `count`
     is no multiple of `per_condition`. It sorts all entries by condition: alone among these rules it costs time in
@@ -158,24 +162,65 @@ class PerCondition:
 
     rule: Rule
     per_condition: int
+    recent_probability: float = 0.0
 
     def __post_init__(self) -> None:
         require(self.per_condition >= 1, "per_condition", self.per_condition, "at least 1")
+        require(0 <= self.recent_probability <= 1, "recent_probability", self.recent_probability, "from 0 to 1")
 
     def draw(self, count: int, entries: Entries, generator: Generator) -> Tensor:
         if count % self.per_condition:
             raise ValueError(f"cannot draw {count} entries, {self.per_condition} of each condition: not a multiple")
         (order, ends), wanted = entries.by_condition, count // self.per_condition
-        rounds = [torch.randperm(len(ends), generator=generator) for _ in range(-(-wanted // len(ends)))]
+        # conditions whose newest entry came with the most recent batch
+        recent, n_recent = (order[ends - 1] >= len(entries) - entries.recent).nonzero()[:, 0], 0
+        if self.recent_probability and len(recent):
+            n_recent = int((torch.rand(wanted, generator=generator) < self.recent_probability).sum())
+        drawn = [self._members(order, ends, group) for group in _spread(recent, n_recent, generator)]
+        drawn = [members[Recent().draw(self.per_condition, entries.select(members), generator)] for members in drawn]
         inside: dict[int, tuple[Tensor, Entries]] = {}
-        drawn = []
-        for group in torch.cat(rounds)[:wanted].tolist():
+        for group in _spread(torch.arange(len(ends)), wanted - n_recent, generator):
             if group not in inside:
-                members = order[int(ends[group - 1]) if group else 0 : int(ends[group])]
+                members = self._members(order, ends, group)
                 inside[group] = members, entries.select(members)
             members, selected = inside[group]
-            drawn.append(members[self.rule.draw(self.per_condition, selected, generator)])
+            drawn.append(members[self._different(selected, generator)])
         return torch.cat(drawn)
+
+    @staticmethod
+    def _members(order: Tensor, ends: Tensor, group: int) -> Tensor:
+        """The entries of a condition, oldest first."""
+        return order[int(ends[group - 1]) if group else 0 : int(ends[group])]
+
+    def _different(self, entries: Entries, generator: Generator) -> Tensor:
+        """`per_condition` entries by the rule; what it draws again is replaced by one that was not drawn, uniformly."""
+        drawn = self.rule.draw(self.per_condition, entries, generator)
+        if self.per_condition == 1:
+            return drawn
+        again = torch.ones_like(drawn, dtype=torch.bool)
+        again[_first_places(drawn)] = False
+        number = min(int(again.sum()), len(entries) - int((~again).sum()))
+        if number:
+            left = torch.ones(len(entries), dtype=torch.bool)
+            left[drawn] = False
+            others = left.nonzero()[:, 0]
+            places = again.nonzero()[:, 0][:number]
+            drawn[places] = others[torch.randperm(len(others), generator=generator)[:number]]
+        return drawn
+
+
+def _spread(groups: Tensor, number: int, generator: Generator) -> list[int]:
+    """`number` of the groups in random order, each once before any comes again."""
+    rounds = -(-number // len(groups)) if number else 0
+    drawn = [groups[torch.randperm(len(groups), generator=generator)] for _ in range(rounds)]
+    return torch.cat(drawn)[:number].tolist() if drawn else []
+
+
+def _first_places(values: Tensor) -> Tensor:
+    """Where each value is for the first time."""
+    found, which = torch.unique(values, return_inverse=True)
+    places = torch.full((len(found),), len(values))
+    return places.scatter_reduce(0, which, torch.arange(len(values)), "amin")
 
 
 _STEP = 0.25  # the width of a stratum in log-weight: 12 draws in 100 are refused

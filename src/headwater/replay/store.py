@@ -24,14 +24,15 @@ _AGES = 2**31  # of an int32
 
 
 class Store:
-    """Up to `capacity` entries; raises ValueError where their indexes cannot have room.
+    """Up to `capacity` entries, and of one condition up to `per_condition` (0 for no limit); raises ValueError where
+    their indexes cannot have room.
 
     An index's key has a slot or an age in its lower half, below what it sorts by: age and slot; falling log-reward and
     age; the upper half of the entry's key and slot. Ages count the entries ever added.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, capacity: int, per_condition: int = 0) -> None:
+        self.capacity, self.per_condition = capacity, per_condition
         try:
             if capacity >= 2**31:
                 raise MemoryError
@@ -77,13 +78,17 @@ class Store:
             self.rows = {name: tensor.new_empty((self.capacity, *tensor.shape[1:])) for name, tensor in rows.items()}
         key = entry_key(batch)
         newest = len(key) - 1 - np.unique(key[::-1], return_index=True)[1]  # the last of each key
-        newest = np.sort(newest)[-self.capacity :]
+        newest, conditions = np.sort(newest), condition_key(batch.condition).numpy()
+        if self.per_condition:
+            newest = newest[_newer_alike(conditions[newest]) < self.per_condition]
+        newest = newest[-self.capacity :]
         if len(newest) < len(batch):
             chosen = batch.select(torch.from_numpy(newest)).tensors()
             steps, rows = ({name: chosen[name].detach() for name in part} for part in (steps, rows))
         slots = self._known(key[newest])
         known = slots[slots >= 0]
-        self._evict(self.count + len(slots) - len(known) - self.capacity, known)
+        crowded = self._crowded(conditions[newest], known)
+        self._evict(self.count + len(slots) - len(known) - self.capacity, known, crowded)
         self._put(steps, rows, key[newest], slots)
         self.recent = len(newest) if recent is None else min(recent, self.count)
         self.entries = StoredEntries(self)
@@ -112,10 +117,28 @@ class Store:
             slots[asked[same]] = slot[same]
             asked, position = asked[~same], position[~same]
 
-    def _evict(self, excess: int, known: NDArray[np.int64]) -> None:
-        """Take out the entries in the slots `known`, which stay theirs, and of the others the `excess` oldest."""
-        oldest = self.slots_at(np.arange(min(excess + len(known), self.count))) if excess > 0 else known[:0]
-        evicted = oldest[~np.isin(oldest, known)][: max(excess, 0)]
+    def _crowded(self, arriving: NDArray[np.int64], known: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The slots of the oldest entries of each condition that would have too many of them with those that arrive;
+        entries in the slots `known` do not count, they leave in any case.
+        """
+        if not self.per_condition or not self.count:
+            return known[:0]
+        slots = self.slots
+        slots = slots[~np.isin(slots, known)]
+        there = condition_key(self.rows["condition"][torch.from_numpy(slots)]).numpy()
+        alike = np.isin(there, arriving)
+        slots, there = slots[alike], there[alike]
+        newer = _newer_alike(np.concatenate([there, arriving]))[: len(there)]
+        return slots[newer >= self.per_condition]
+
+    def _evict(self, excess: int, known: NDArray[np.int64], crowded: NDArray[np.int64]) -> None:
+        """Take out the entries in the slots `known`, which stay theirs, and those in `crowded`; if those are fewer than
+        `excess`, then of the others the oldest.
+        """
+        staying = np.concatenate([known, crowded])
+        excess = max(excess - len(crowded), 0)
+        oldest = self.slots_at(np.arange(min(excess + len(staying), self.count))) if excess else known[:0]
+        evicted = np.concatenate([crowded, oldest[~np.isin(oldest, staying)][:excess]])
         leaving = np.concatenate([known, evicted])
         if not len(leaving):
             return
@@ -228,6 +251,16 @@ class StoredEntries(Entries):
 
     def _column(self, name: str) -> Tensor:
         return self._store.rows[name][torch.from_numpy(self._store.slots)]
+
+
+def _newer_alike(keys: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many later ones have the same key: `[n]`."""
+    order = np.argsort(keys[::-1], kind="stable")
+    ordered = keys[::-1][order]
+    first = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]]) if len(keys) else order
+    rank = np.empty(len(keys), dtype=np.int64)
+    rank[order] = np.arange(len(keys)) - np.repeat(first, np.diff(np.r_[first, len(keys)]))
+    return rank[::-1]
 
 
 def entry_key(batch: Trajectories) -> NDArray[np.int64]:

@@ -130,8 +130,8 @@ def _answer(kind: str, fields: Mapping[str, str], place: str) -> str | None:
         raise ValueError(f"{place}: a {kind} must have {name!r}; it has {_listed(fields)}")
     answer = hashed(fields[name]) if kind == "question" else boxed(fields[name])
     if answer is None:
-        mark = "#### and the answer after it" if kind == "question" else "the answer in \\boxed{...}"
-        raise ValueError(f"{place}: {name} has no {mark}")
+        mark = "'####' and the answer after it" if kind == "question" else "the answer in \\boxed{...}"
+        raise ValueError(f"{place}: {name} lacks {mark}")
     return answer
 
 

@@ -57,7 +57,7 @@ class PreferenceReward:
         self._model = _load_model(str(path))
         self._label = _label(self._model, label, str(path))
         self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = self._model.to(self._device).eval()  # type: ignore[arg-type]
+        self._model = self._model.to(self._device).eval()
         config = self._model.config.get_text_config()
         self._pad: int | None = config.pad_token_id
         if self._pad is None and self._tokenizer.pad_token_id is not None:

@@ -83,14 +83,14 @@ class MathReward:
         prompts = prompts_of(self._prompts, condition[:, 0].tolist(), len(completions))
         marks = [marked(one) for one in completions]
         answers = [mark or last_number(one) for mark, one in zip(marks, completions, strict=True)]
-        pairs = [(str(prompt.answer), answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        why = self._compare({(wanted, given) for wanted, given in pairs if given is not None})
+        pairs = [(str(prompt.answer), answer or "") for prompt, answer in zip(prompts, answers, strict=True)]
+        why = self._compare({pair for pair in pairs if pair[1]})
         rewards = []
         for pair, mark, prompt, completion in zip(pairs, marks, prompts, completions, strict=True):
             if pair in why:
-                self._count.add(*why[pair], prompt, completion)  # type: ignore[index]
+                self._count.add(*why[pair], prompt, completion)
                 rewards.append(math.nan)
-            elif pair[1] is not None and self._known[pair]:  # type: ignore[index]
+            elif pair[1] and self._known[pair]:
                 rewards.append(1.0)
             else:
                 rewards.append(self.format_reward if mark and completion.finished else 0.0)

@@ -136,11 +136,8 @@ class VerifierReward:
             arguments = (fields, completions) if self._size else (fields[0], completions[0])
             self._tickets += 1
             # A daemon, unlike the threads of a pool: the interpreter ends without waiting for one that hangs.
-            thread = threading.Thread(
-                target=_judge,
-                args=(self._function, arguments, self._timeout, self._tickets, batch.outcomes),
-                daemon=True,
-            )
+            given = (self._function, arguments, self._timeout, self._tickets, batch.outcomes)
+            thread = threading.Thread(target=_judge, args=given, daemon=True)
             batch.running[self._tickets] = (call, now + self._timeout, thread)
             thread.start()
 

@@ -30,6 +30,8 @@ REFERENCE = "log_reference"
 REFERENCE_VERSION = "reference_version"
 """The per-step tensor `[S]`, int32, of the reference that `REFERENCE` is of."""
 
+_STALENESS_FROM = (0, 1, 2, 4, 8, 16, 32, 64, 128)
+
 
 class LanguagePolicy(Policy):
     """Draws completions of prompts.
@@ -144,6 +146,7 @@ class LanguagePolicy(Policy):
                 "staleness_max": float(staleness.max()),
                 "truncated": float((~self.finished(batch)).float().mean()),
                 "distinct_in_batch": len(torch.unique(batch.identity)) / len(batch),
+                **staleness_shares(staleness),
             }
 
     def after_update(self) -> None:
@@ -237,6 +240,14 @@ class LanguagePolicy(Policy):
     def _eval_only(self, inner: PreTrainedModel) -> None:
         self.model.eval()
         inner.eval()
+
+
+def staleness_shares(staleness: Tensor) -> dict[str, float]:
+    """Shares of completions, `[T]`, by how many updates old they are: 0, 1, 2 to 3, 4 to 7, ..., 128 and more."""
+    lowest = torch.tensor(_STALENESS_FROM, device=staleness.device)
+    place = torch.bucketize(staleness.long(), lowest, right=True) - 1
+    shares = torch.bincount(place.clamp(min=0), minlength=len(_STALENESS_FROM)).double() / len(staleness)
+    return {f"staleness/from_{low}": share for low, share in zip(_STALENESS_FROM, shares.tolist(), strict=True)}
 
 
 def ends_of(backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> list[int]:

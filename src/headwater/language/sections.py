@@ -63,7 +63,8 @@ def _answers(evaluation: Mapping[str, object]) -> Section | None:
         "Answers before and after",
         f"<p>{each} completions of each of {prompts} test prompts, by the starting model and by the trained one. The "
         "target is the starting model times exp(reward / beta): a good sampler raises the reward and keeps "
-        'right answers different.</p><div class="scroll"><table><thead><tr><th>Figure</th><th class="number">Before</th>'
+        'right answers different.</p><div class="scroll"><table><thead><tr><th>Figure</th>'
+        '<th class="number">Before</th>'
         f'<th class="number">After</th><th>What it says</th></tr></thead><tbody>{lines}</tbody></table></div>'
         + _pass_at_k(evaluation),
     )

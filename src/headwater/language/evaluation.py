@@ -7,7 +7,7 @@ starting model stands for the divergence from it, as in Noukhovitch et al. 2024 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
 from typing import TYPE_CHECKING
@@ -20,10 +20,9 @@ from torch.nn import functional
 
 from headwater.language.backbone import Backbone
 from headwater.language.data import Completion
-from headwater.language.generation import ModelGenerator
+from headwater.language.generation import Generator, ModelGenerator
 from headwater.language.loading import load_model
 from headwater.language.policy import LanguagePolicy
-from headwater.policies.base import NO_EXPLORATION
 from headwater.report.glossary import START
 from headwater.runs import Metrics, Run
 from headwater.trajectories import Trajectories
@@ -37,9 +36,6 @@ QUICK_PROMPTS = 100
 SHOWN_PROMPTS, SHOWN_COMPLETIONS = 8, 4
 """Prompts, and different completions of each, that completions.json keeps for a person to read."""
 _SAME = ("prompts", "completions_per_prompt", "divergence")  # of the starting model as of the policy, or nothing
-
-Draw = Callable[[Tensor, torch.Generator], Trajectories]
-"""Draws one completion for each condition row `[B, 1]`."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +68,10 @@ def quick_figures(recipe: LanguageRecipe, policy: LanguagePolicy) -> Metrics:
     run's."""
     condition = held_out_conditions(recipe, QUICK_PROMPTS)
     generator = torch.Generator().manual_seed(recipe.seed + 1)
-    parts = torch.split(condition, recipe.training.batch_size)
-    drawn = [policy.sample(rows, NO_EXPLORATION, generator) for rows in parts]
-    trajectories = Trajectories.concatenate(drawn)
+    writer = ModelGenerator(policy.backbone, policy.tokenizer)
+    trajectories = Trajectories.concatenate([
+        _written(policy, writer, rows, generator) for rows in torch.split(condition, recipe.training.batch_size)
+    ])  # fmt: skip
     reward = recipe.base_reward(policy.objects(trajectories), condition).double().cpu().numpy()
     figures: Metrics = {
         "mean_reward": _mean(reward),
@@ -93,18 +90,8 @@ def figures(recipe: LanguageRecipe, run: Run, sampler: Sampler) -> dict[str, obj
     policy = sampler.problem.policy
     assert isinstance(policy, LanguagePolicy)
     start = Backbone(load_model(recipe.model, recipe.on, recipe.precision))
-    writer = ModelGenerator(start, policy.tokenizer)
-
-    def draw_from_start(condition: Tensor, generator: torch.Generator) -> Trajectories:
-        prompts = [policy.prompts[number].tolist() for number in condition[:, 0].long().tolist()]
-        seed = int(torch.randint(2**62, (), generator=generator))
-        return policy.trajectories(condition, writer.generate(prompts, policy.sampling, seed))
-
-    def draw_from_policy(condition: Tensor, generator: torch.Generator) -> Trajectories:
-        return policy.sample(condition, NO_EXPLORATION, generator)
-
-    before = _draw(recipe, policy, start, draw_from_start)
-    after = _draw(recipe, policy, start, draw_from_policy)
+    before = draw(recipe, policy, ModelGenerator(start, policy.tokenizer), start)
+    after = draw(recipe, policy, ModelGenerator(policy.backbone, policy.tokenizer), start)
     verdicts = are_verdicts(recipe, np.concatenate([before.reward, after.reward]))
     found = figures_of(policy, after, verdicts)
     found |= {START + name: value for name, value in figures_of(policy, before, verdicts).items() if name not in _SAME}
@@ -202,14 +189,14 @@ def mean_states(backbone: Backbone, sequences: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def _draw(recipe: LanguageRecipe, policy: LanguagePolicy, start: Backbone, draw: Draw) -> Drawn:
-    """K completions of each test prompt, as many at once as the learner has in a batch."""
+def draw(recipe: LanguageRecipe, policy: LanguagePolicy, writer: Generator, start: Backbone) -> Drawn:
+    """K completions of each test prompt by `writer`, as many at once as the learner has in a batch."""
     rows = held_out_conditions(recipe, recipe.evaluated_prompts)
     condition = rows.repeat_interleave(recipe.completions, 0)
     generator = torch.Generator().manual_seed(recipe.seed + 2)
     drawn, log_start, states = [], [], []
     for part in torch.split(condition, recipe.training.batch_size):
-        batch = draw(part, generator).to(start.device)
+        batch = _written(policy, writer, part, generator)
         numbers, prompt_of = torch.unique(part[:, 0].long(), return_inverse=True)
         tokens = batch.steps["token"].long()
         log_start.append(
@@ -231,6 +218,14 @@ def _draw(recipe: LanguageRecipe, policy: LanguagePolicy, start: Backbone, draw:
         torch.cat(log_start),
         torch.cat(states),
     )
+
+
+def _written(policy: LanguagePolicy, writer: Generator, condition: Tensor, generator: torch.Generator) -> Trajectories:
+    """One completion for each condition row. It is written by `writer`, so that a server is left alone with which
+    others may search at the time."""
+    prompts = [policy.prompts[number].tolist() for number in condition[:, 0].long().tolist()]
+    seed = int(torch.randint(2**62, (), generator=generator))
+    return policy.trajectories(condition, writer.generate(prompts, policy.sampling, seed))
 
 
 def _chosen(recipe: LanguageRecipe, prompts: Tensor) -> NDArray[np.float64] | None:

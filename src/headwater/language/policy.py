@@ -146,7 +146,7 @@ class LanguagePolicy(Policy):
                 "staleness_max": float(staleness.max()),
                 "truncated": float((~self.finished(batch)).float().mean()),
                 "distinct_in_batch": len(torch.unique(batch.identity)) / len(batch),
-                **staleness_shares(staleness),
+                **_staleness_shares(staleness),
             }
 
     def after_update(self) -> None:
@@ -242,14 +242,6 @@ class LanguagePolicy(Policy):
         inner.eval()
 
 
-def staleness_shares(staleness: Tensor) -> dict[str, float]:
-    """Shares of completions, `[T]`, by how many updates old they are: 0, 1, 2 to 3, 4 to 7, ..., 128 and more."""
-    lowest = torch.tensor(_STALENESS_FROM, device=staleness.device)
-    place = torch.bucketize(staleness.long(), lowest, right=True) - 1
-    shares = torch.bincount(place.clamp(min=0), minlength=len(_STALENESS_FROM)).double() / len(staleness)
-    return {f"staleness/from_{low}": share for low, share in zip(_STALENESS_FROM, shares.tolist(), strict=True)}
-
-
 def ends_of(backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a sequence."""
     return ModelGenerator(backbone, tokenizer).ends
@@ -263,3 +255,11 @@ def _identity(one: Generated) -> int:
     """A hash of the completion, and of how it ended."""
     told = ",".join(map(str, one.tokens)) + str(one.finished)
     return int.from_bytes(hashlib.blake2b(told.encode(), digest_size=8).digest(), "big", signed=True)
+
+
+def _staleness_shares(staleness: Tensor) -> dict[str, float]:
+    """Shares of completions, `[T]`, by how many updates old they are: 0, 1, 2 to 3, 4 to 7, ..., 128 and more."""
+    lowest = torch.tensor(_STALENESS_FROM, device=staleness.device)
+    place = torch.bucketize(staleness.long(), lowest, right=True) - 1
+    shares = torch.bincount(place.clamp(min=0), minlength=len(_STALENESS_FROM)).double() / len(staleness)
+    return {f"staleness/from_{low}": share for low, share in zip(_STALENESS_FROM, shares.tolist(), strict=True)}

@@ -164,13 +164,12 @@ def _table(folder: Path, count: int = 12) -> str:
     if samples is None:
         return ""
     chosen = recipe.best(samples, count)
+    what, reward = samples.names
     columns = {
-        "object": [
-            samples.objects[i] if len(samples.objects[i]) <= 60 else samples.objects[i][:57] + "..." for i in chosen
-        ],
-        "log reward": [f"{samples.log_reward[i]:.3f}" for i in chosen],
+        what: [_line(samples.objects[i]) for i in chosen],
+        reward.replace("_", " "): [f"{samples.log_reward[i]:.3f}" for i in chosen],
         "log prob": [f"{samples.log_prob[i]:.3f}" for i in chosen],
-        **{name: [str(values[i]) for i in chosen] for name, values in samples.extra.items()},
+        **{name: [_line(str(values[i])) for i in chosen] for name, values in samples.extra.items()},
     }
     widths = [max(len(name), *map(len, values)) for name, values in columns.items()]
     rows = [list(columns), ["-" * width for width in widths], *map(list, zip(*columns.values(), strict=True))]
@@ -180,9 +179,17 @@ def _table(folder: Path, count: int = 12) -> str:
     )
 
 
+def _line(text: str, most: int = 60) -> str:
+    """A text on one line of a terminal, which it cannot command."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in text)
+    return shown if len(shown) <= most else shown[: most - 3] + "..."
+
+
 def _headline(run: Run) -> list[str]:
     """How good the sampler is, in a line or two."""
     figures = run.evaluation()
+    if "pass_at_1" in figures:  # the mean reward too, where rewards are verdicts
+        figures.pop("mean_reward", None)
 
     def show(text: str, *names: str) -> list[str]:
         values = [figures.get(name) for name in names]
@@ -194,6 +201,12 @@ def _headline(run: Run) -> list[str]:
         *show(
             "mean log-reward of the top 100: {:.3f}; of random search with {:,} reward calls: {:.3f}",
             "top_100_mean_log_reward", "baseline_calls", "baseline_top_100_mean_log_reward",
+        ),
+        *show("mean reward on test prompts: {:.3f}; before training: {:.3f}", "mean_reward", "start/mean_reward"),
+        *show("pass@1 on test prompts: {:.3f}; before training: {:.3f}", "pass_at_1", "start/pass_at_1"),
+        *show(
+            "different right completions, of {} of a prompt: {:.2f}; before training: {:.2f}",
+            "completions_per_prompt", "distinct_right_completions", "start/distinct_right_completions",
         ),
     ]  # fmt: skip
 

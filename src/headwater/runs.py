@@ -65,17 +65,24 @@ class Samples:
     objects: N strings. log_reward: `[N]`. log_prob: `[N]`, the estimated log-probability of each object under the
     sampler.
     extra: further columns of N values each.
+    names: what the first two are called in files and tables. Where the second is no logarithm, but a reward r whose
+    target is exp(r / beta), it is "reward".
     """
 
     objects: list[str]
     log_reward: np.ndarray
     log_prob: np.ndarray
     extra: dict[str, list[object]] = field(default_factory=dict)
+    names: tuple[str, str] = ("object", "log_reward")
+
+    @property
+    def is_logarithm(self) -> bool:
+        return self.names[1] == "log_reward"
 
     def columns(self) -> dict[str, list[object]]:
         return {
-            "object": list(self.objects),
-            "log_reward": self.log_reward.tolist(),
+            self.names[0]: list(self.objects),
+            self.names[1]: self.log_reward.tolist(),
             "log_prob": self.log_prob.tolist(),
             **self.extra,
         }
@@ -200,11 +207,13 @@ class Run:
         if not path.exists():
             return None
         columns = parquet.read_table(path).to_pydict()
+        what, reward, log_prob = list(columns)[:3]
         return Samples(
-            objects=columns.pop("object"),
-            log_reward=np.array(columns.pop("log_reward"), dtype=np.float64),
-            log_prob=np.array(columns.pop("log_prob"), dtype=np.float64),
+            objects=columns.pop(what),
+            log_reward=np.array(columns.pop(reward), dtype=np.float64),
+            log_prob=np.array(columns.pop(log_prob), dtype=np.float64),
             extra=columns,
+            names=(what, reward),
         )
 
     @property
@@ -245,8 +254,7 @@ class Run:
             partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=parent))
             try:
                 for part, tensors in checkpoint.tensors.items():
-                    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-                    save_file(contiguous, str(partial / f"{part}.safetensors"))
+                    save_file(_apart(tensors), str(partial / f"{part}.safetensors"))
                 state = {"iteration": checkpoint.iteration, **checkpoint.state}
                 (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
                 for path in (*partial.iterdir(), partial, *parent.parent.glob("metrics.jsonl")):
@@ -332,6 +340,17 @@ def provenance(command: list[str], seed: int) -> dict[str, object]:
         },
         "argv0": Path(sys.argv[0]).name,
     }
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors on the CPU, no two of one memory (as tied weights are), which safetensors would not write."""
+    apart, known = {}, set()
+    for name, tensor in tensors.items():
+        here = tensor.detach().cpu().contiguous()
+        memory = here.untyped_storage().data_ptr()
+        apart[name] = here.clone() if memory in known else here
+        known.add(memory)
+    return apart
 
 
 def _installed(name: str) -> bool:

@@ -72,6 +72,7 @@ class Sampler:
             log_reward=trajectories.log_reward.double().cpu().numpy(),
             log_prob=log_prob.double().cpu().numpy(),
             extra=self.recipe.condition_columns(trajectories.condition),
+            names=self.recipe.sample_names,
         )
 
     def _log_prob(self, trajectories: Trajectories, walks: int, generator: torch.Generator) -> Tensor:

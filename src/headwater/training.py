@@ -232,7 +232,7 @@ class Trainer:
             "iteration": self.iteration,
             "loss": loss,
             "log_z": self.objective.log_z(log_probs, batch).mean().item(),
-            "mean_log_reward": fresh.log_reward.mean().item(),
+            "mean_log_reward" if self.sharpness is None else "mean_reward": fresh.log_reward.mean().item(),
             "mean_length": fresh.lengths.float().mean().item(),
             "gradient_norm": gradient_norm,
             "epsilon": exploration.epsilon,
@@ -360,6 +360,7 @@ class Trainer:
             "failed": self.search.failed,
             **self._reward_calls(),
             **self.search.metrics(),
+            **(self.replay.summary(self.policy.version) if self.replay is not None else {}),
         }
 
     def _reward_calls(self) -> dict[str, int]:
@@ -509,7 +510,8 @@ class _Log:
         self.bar.update()
 
     def write(self, metrics: Metrics) -> None:
-        shown = {"loss": "loss", "log_z": "log Z", "mean_log_reward": "log R", "trajectories_per_second": "traj/s"}
+        shown = {"loss": "loss", "log_z": "log Z", "mean_log_reward": "log R", "mean_reward": "reward"}
+        shown["trajectories_per_second"] = "traj/s"
         self.bar.set_postfix_str(", ".join(f"{label} {metrics[k]:.4g}" for k, label in shown.items() if k in metrics))
         if self.run is not None and self.events is not None:
             self.run.append_metrics(metrics)

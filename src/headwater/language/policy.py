@@ -31,6 +31,8 @@ REFERENCE = "log_reference"
 REFERENCE_VERSION = "reference_version"
 """The per-step tensor `[S]`, int32, of the reference that `REFERENCE` is of."""
 
+_STALENESS_FROM = (0, 1, 2, 4, 8, 16, 32, 64, 128)
+
 
 class LanguagePolicy(Policy):
     """Draws completions of prompts.
@@ -157,6 +159,7 @@ class LanguagePolicy(Policy):
                 "staleness_max": float(staleness.max()),
                 "truncated": float((~self.finished(batch)).float().mean()),
                 "distinct_in_batch": len(torch.unique(batch.identity)) / len(batch),
+                **_staleness_shares(staleness),
             }
 
     def after_update(self) -> None:
@@ -260,3 +263,11 @@ def _identity(one: Generated) -> int:
     """A hash of the completion, and of how it ended."""
     told = ",".join(map(str, one.tokens)) + str(one.finished)
     return int.from_bytes(hashlib.blake2b(told.encode(), digest_size=8).digest(), "big", signed=True)
+
+
+def _staleness_shares(staleness: Tensor) -> dict[str, float]:
+    """Shares of completions, `[T]`, by how many updates old they are: 0, 1, 2 to 3, 4 to 7, ..., 128 and more."""
+    lowest = torch.tensor(_STALENESS_FROM, device=staleness.device)
+    place = torch.bucketize(staleness.long(), lowest, right=True) - 1
+    shares = torch.bincount(place.clamp(min=0), minlength=len(_STALENESS_FROM)).double() / len(staleness)
+    return {f"staleness/from_{low}": share for low, share in zip(_STALENESS_FROM, shares.tolist(), strict=True)}

@@ -82,6 +82,8 @@ class LanguageRecipe(Recipe):
     """Write completions with a vLLM server."""
     completions: int = 8
     """Completions of each test prompt in the evaluation: pass@1 up to pass@ this."""
+    evaluated_prompts: int = 200
+    """Most test prompts that the evaluation measures on, evenly spread over them; 0 for all."""
     objective: Objective = field(default_factory=lambda: Objective("vargrad"))
     """What to balance: vargrad estimates log Z(prompt) from a group, tb learns it; rloo and grpo to compare with."""
     training: Training = field(
@@ -125,6 +127,8 @@ class LanguageRecipe(Recipe):
             raise ValueError("search.processes: one searcher for one vLLM server, which serves many requests at once")
         if self.completions < 1:
             raise ValueError(f"completions = {self.completions}: must be at least 1")
+        if self.evaluated_prompts < 0:
+            raise ValueError(f"evaluated_prompts = {self.evaluated_prompts}: must not be negative")
         _ = self.read
 
     # The problem
@@ -209,6 +213,7 @@ class LanguageRecipe(Recipe):
         return 1 - len(first & second) / max(len(first | second), 1)
 
     least_distance: ClassVar[float] = 0.2
+    sample_names: ClassVar[tuple[str, str]] = ("completion", "reward")
 
     def condition_columns(self, condition: Tensor) -> dict[str, list[object]]:
         asked = [self.read[0][index] for index in condition[:, 0].long().tolist()]

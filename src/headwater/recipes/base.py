@@ -149,6 +149,9 @@ class Recipe(ABC):
         """The report's sections of this domain: the objects drawn as the field draws them. `policy` is trained."""
         return []
 
+    sample_names: ClassVar[tuple[str, str]] = ("object", "log_reward")
+    """What the first two columns of the samples are called, see `Samples.names`."""
+
     least_distance: ClassVar[float] = 1
     """Objects in the table of the best and most different ones are at least this far apart."""
 

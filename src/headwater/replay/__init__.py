@@ -120,6 +120,20 @@ class Replay:
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"{path}: not a saved replay: {error}") from error
 
+    def summary(self, version: int) -> dict[str, float]:
+        """What is in it, for a log: how many entries, of how many conditions, the share of positive log-rewards, and
+        how many versions before `version` they were drawn, in the mean. Takes time in proportion to the entries.
+        """
+        entries, count = self._store.entries, len(self)
+        if not count:
+            return {"replay/entries": 0.0}
+        return {
+            "replay/entries": float(count),
+            "replay/conditions": float(len(torch.unique(entries.condition_key))),
+            "replay/positive": float(entries.n_above(torch.zeros(1))) / count,
+            "replay/mean_age": version - float(entries.version.double().mean()),
+        }
+
 
 @dataclass(frozen=True)
 class ReplaySettings:

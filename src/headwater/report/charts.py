@@ -149,7 +149,8 @@ def reward_chart(samples: Samples, baseline: Sequence[object]) -> Chart | None:
     without = int(np.sum(~np.isfinite(samples.log_reward)))
     if without:
         caption += f" {number(without)} draws without a finite log-reward are left out."
-    svg = histogram_figure(values, x_label="log-reward", title="Distribution of the log-rewards of samples")
+    score = "log-reward" if samples.is_logarithm else "reward"
+    svg = histogram_figure(values, x_label=score, title=f"Distribution of the {score}s of samples")
     return Chart("reward_distribution", "Rewards of the samples", caption, svg)
 
 

@@ -13,6 +13,9 @@ class Term:
     meaning: str = ""
 
 
+START = "start/"
+"""Before the name of a figure that is of what training started from."""
+
 EVALUATION: dict[str, Term] = {
     "total_variation": Term(
         "Total variation (exact)",
@@ -78,12 +81,36 @@ EVALUATION: dict[str, Term] = {
         "Mean log-reward, random search", "Over the 100 best distinct objects of random search."
     ),
     "baseline_calls": Term("Reward calls of random search", "How many random objects the baseline scored."),
+    "pass_at_1": Term("pass@1", "Probability that a completion is right, on the test prompts."),
+    "mean_reward": Term("Mean reward", "Of the completions of the test prompts."),
+    "mean_reward_error": Term("Its standard error", "Over prompts."),
+    "win_rate": Term("Win rate", "Share of completions with a higher reward than the one that the data prefer."),
+    "distinct_completions": Term("Different completions", "Of one prompt, in the mean over prompts."),
+    "distinct_right_completions": Term("Different right completions", "Of one prompt, in the mean over prompts."),
+    "embedding_distance": Term(
+        "Embedding distance",
+        "Mean cosine distance of pairs of one prompt's completions, by the starting model's mean last hidden states.",
+    ),
+    "divergence": Term(
+        "Divergence from the start",
+        "log-probability minus the starting model's, of a completion of its own, in nats."
+    ),
+    "entropy_per_token": Term("Entropy", "−log-probability of a token of its own completions, in nats."),
+    "start_perplexity": Term(
+        "Perplexity under the start", "exp of the starting model's mean −log-probability of a token."
+    ),
+    "mean_length": Term("Mean length", "Steps of a trajectory: for a language model, tokens."),
+    "truncated": Term("Share cut off", "Completions that the length limit or a stop text ended."),
+    "prompts": Term("Test prompts", "That were measured on."),
+    "completions_per_prompt": Term("Completions of each", "That were drawn."),
+    "failed_completions": Term("Completions without a reward", "The reward failed on them; they do not count."),
 }  # fmt: skip
 
 METRICS: dict[str, Term] = {
     "loss": Term("Loss", "The objective, on the batches learnt from (log scale)."),
     "log_z": Term("log Z", "The learnt logarithm of the sum of all rewards."),
     "mean_log_reward": Term("Mean log-reward", "Of the trajectories as they were drawn."),
+    "mean_reward": Term("Mean reward", "Of the trajectories as they were drawn, before it is divided by beta."),
     "mean_length": Term("Mean length", "Steps of the trajectories as they were drawn."),
     "gradient_norm": Term("Gradient norm", "Before clipping (log scale)."),
 }
@@ -91,4 +118,6 @@ METRICS: dict[str, Term] = {
 
 def evaluation_term(name: str) -> Term:
     """The term of a key of evaluation.json; an unknown key is called what it is called."""
+    if (k := name.removeprefix("pass_at_")).isdecimal():
+        return EVALUATION.get(name) or Term(f"pass@{k}", f"Probability that one of {k} completions is right.")
     return EVALUATION.get(name) or Term(name.replace("_", " ").capitalize())

@@ -23,7 +23,7 @@ from markupsafe import Markup
 from headwater.objects import UNTRAINED
 from headwater.report import Section, charts, numbers
 from headwater.report.figures import DARK_PALETTE, PALETTE
-from headwater.report.glossary import EVALUATION, evaluation_term
+from headwater.report.glossary import EVALUATION, START, evaluation_term
 from headwater.report.numbers import as_float, number
 from headwater.runs import Run, Samples, atomic
 
@@ -52,7 +52,7 @@ def write(run: Run, sections: Sequence[Section], defaults: Mapping[str, object] 
     throughput, searching = charts.throughput_chart(rows), charts.search_charts(rows)
     baseline = evaluation.get("baseline_log_reward")
     rewards = charts.reward_chart(samples, baseline if isinstance(baseline, list) else []) if samples else None
-    calibration = charts.calibration_chart(samples, log_z) if samples else None
+    calibration = charts.calibration_chart(samples, log_z) if samples and samples.is_logarithm else None
     sampled = [chart for chart in (rewards, calibration) if chart]
     html = _template().render(
         run=run,
@@ -66,7 +66,7 @@ def write(run: Run, sections: Sequence[Section], defaults: Mapping[str, object] 
         notices=_notices(run, last, evaluation, samples),
         failed=_failures(last),
         figures_of_evaluation=_evaluation_table(evaluation),
-        best=_best_objects(samples) if samples else None,
+        best=_best_objects(samples) if samples and samples.is_logarithm else None,
         sections=[(section.title, Markup(_themed(section.html))) for section in sections],
         convergence=_inlined(convergence),
         sampled=_inlined(sampled),
@@ -112,7 +112,14 @@ def _cards(
 ) -> list[_Card]:
     cards = []
     exact = as_float(evaluation.get("log_z_exact"))
-    if np.isfinite(log_z):
+    score = "pass_at_1" if "pass_at_1" in evaluation else "mean_reward"  # the same thing where rewards are verdicts
+    compared = [name for name in (score, "distinct_right_completions") if START + name in evaluation]
+    for name in compared:
+        before = number(as_float(evaluation[START + name]))
+        cards.append(
+            _Card(evaluation_term(name).label, number(as_float(evaluation[name])), f"{before} before training")
+        )
+    if np.isfinite(log_z) and not compared:
         cards.append(_Card("log Z", f"{log_z:.3f}", f"exact {exact:.3f}" if np.isfinite(exact) else "learnt"))
     if "total_variation" in evaluation:
         cards.append(_Card("Total variation", number(as_float(evaluation["total_variation"])), "exact; 0 is perfect"))
@@ -120,7 +127,7 @@ def _cards(
         cards.append(_Card("Pearson", number(as_float(evaluation["pearson"])), "log R with log-probability"))
     if samples:
         finite = samples.log_reward[np.isfinite(samples.log_reward)]
-        if len(finite):
+        if len(finite) and samples.is_logarithm:
             cards.append(_Card("Mean log-reward", number(float(finite.mean())), "of the samples"))
         distinct = len(set(samples.objects))
         cards.append(_Card("Distinct objects", number(distinct), f"of {number(len(samples.objects))} samples"))
@@ -149,6 +156,11 @@ def _verdict(last: Mapping[str, object], evaluation: Mapping[str, object], sampl
         said.append(
             f"{after} sampler's log-probabilities follow log-reward with a Pearson correlation of {correlation:.3f}."
         )
+    for name in ("pass_at_1", "mean_reward"):
+        now, before = (as_float(evaluation.get(key)) for key in (name, START + name))
+        if not said and np.isfinite(now) and np.isfinite(before):
+            label = evaluation_term(name).label
+            said.append(f"{after} sampler's {label} on the test prompts is {number(now)}; it was {number(before)}.")
     top = as_float(evaluation.get("top_100_mean_log_reward"))
     baseline = as_float(evaluation.get("baseline_top_100_mean_log_reward"))
     if np.isfinite(top) and np.isfinite(baseline):
@@ -230,12 +242,13 @@ def _asked(settings: Mapping[str, object], defaults: Mapping[str, object] | None
 
 
 def _evaluation_table(evaluation: Mapping[str, object]) -> list[tuple[str, str, str]]:
-    """(label, value, meaning) of every single figure; the glossary's come first, in its order."""
+    """(label, value, meaning) of every single figure; the glossary's come first, in its order. Those that stand beside
+    what training started from are a domain's to show."""
     order = {name: position for position, name in enumerate(EVALUATION)}
     rows = []
     for name in sorted(evaluation, key=lambda name: order.get(name, len(order))):
         value = evaluation[name]
-        if isinstance(value, (list, Mapping)):
+        if isinstance(value, (list, Mapping)) or name.startswith(START) or START + name in evaluation:
             continue
         term = evaluation_term(name)
         rows.append((term.label, _cell(value), term.meaning))

@@ -1,5 +1,6 @@
 # make demo             set everything up and design RNA oligomers against two microRNAs (about two minutes of training)
 # make demo-phylogeny   set everything up and learn the posterior over trees of 12 primates (about two)
+# make demo-language    set everything up, make and teach a small language model, and post-train it (about six)
 # make test             set everything up, then lint, types and all tests
 # Each needs Python 3.11 or newer and nothing else; it installs into .venv.
 
@@ -8,13 +9,16 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo demo-phylogeny test check clean
+.PHONY: demo demo-phylogeny demo-language test check clean
 
 demo: $(VENV)/.installed
 	$(RUN)/headwater train rna --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 demo-phylogeny: $(VENV)/.installed
 	$(RUN)/headwater train phylogeny --out runs/phylogeny-$$(date +%Y%m%d-%H%M%S)
+
+demo-language: $(VENV)/.installed
+	$(RUN)/headwater train tiny-math --out runs/language-$$(date +%Y%m%d-%H%M%S)
 
 test: $(VENV)/.installed-dev check
 	$(RUN)/python -m pytest

@@ -9,6 +9,9 @@ from typing import Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+disable_progress_bar()  # of loading weights; the run has its own
 
 Precision = Literal["float32", "bfloat16"]
 

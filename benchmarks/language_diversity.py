@@ -1,0 +1,254 @@
+"""Diversity and sparse rewards: how many of a prompt's right answers a post-trained language model keeps, and what more
+searchers find, by each rule of drawing from the replay.
+
+    python benchmarks/language_diversity.py diversity   # about a minute an arm and seed
+    python benchmarks/language_diversity.py sparse      # about a minute a rule, number of searchers and seed
+    python benchmarks/language_diversity.py staleness   # about a minute a cell
+    python benchmarks/language_diversity.py report
+
+The task: six prompts, each of which asks for a palindrome of six digits whose first half has a given sum modulo six; 36
+of the 46,656 strings are right for each, 216 in all. The model, a Llama of 0.13 million parameters, starts by writing
+all strings of six digits about equally often (1 in 1,296 is right). Everything is deterministic: searchers take turns in
+one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from headwater.language.data import Prompt, read_prompts
+from headwater.language.evaluation import pass_at_k
+from headwater.language.palindromes import make_palindrome_model, palindrome_reward
+from headwater.language.verifier import VerifierReward
+from headwater.objectives import Objective
+from headwater.replay import ReplaySettings
+from headwater.runs import provenance
+from headwater.search import SearchSettings
+from headwater.training import Sharpness, Trainer
+from language_runs import RESULTS, WORK, Arm, draw, new_trainer, plus_minus
+
+UPDATES, MODES, EACH = 400, 216, 256
+REPLAY = ReplaySettings(capacity=20_000, rule="stratified", share=0.3, quantile=0.9, recent_probability=0.3,
+                        per_condition=20)  # fmt: skip
+TASK = Arm(prompts=6, group=20, only_replayed=True, replay=REPLAY, learning_rate=1e-3, sharpness=Sharpness(0.05),
+           max_new_tokens=8)  # fmt: skip
+ON_POLICY = {"only_replayed": False, "replay": ReplaySettings()}
+ARMS = {
+    "TB, replay": TASK,
+    "TB, on policy": replace(TASK, **ON_POLICY),
+    "GRPO, on policy": replace(TASK, objective=Objective("grpo"), **ON_POLICY),
+    "RLOO with KL, on policy": replace(TASK, objective=Objective("rloo"), **ON_POLICY),
+    "GRPO, replay": replace(TASK, objective=Objective("grpo")),
+    "RLOO with KL, replay": replace(TASK, objective=Objective("rloo")),
+}
+RULES = {
+    "uniform": replace(REPLAY, rule="uniform"),
+    "softmax of reward": replace(REPLAY, rule="softmax", temperature=0.1),
+    "stratified": REPLAY,
+}
+SEARCHERS = (1, 4, 16)
+LAGS, RECENT, BETAS = (1, 5, 20, 50), (0.0, 0.3, 0.7, 1.0), (0.05, 0.2)
+
+
+def palindromes_folder(seed: int) -> Path:
+    folder = WORK / f"palindromes-{seed}"
+    if not (folder / "prompts.jsonl").exists():
+        make_palindrome_model(folder, seed)
+    return folder
+
+
+def reward(prompts: list[Prompt]) -> VerifierReward:
+    return VerifierReward(_batch, prompts, batch=4096, timeout=60.0)
+
+
+def _batch(prompts: list[dict[str, str]], completions: list[str]) -> list[float]:
+    return [palindrome_reward(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+
+
+def train(arm: Arm, seed: int, updates: int, searched: int = 1) -> dict[str, object]:
+    """`searched`: as many groups are searched for an update as that many searchers would bring."""
+    folder = palindromes_folder(seed)
+    prompts = read_prompts(folder / "prompts.jsonl")
+    trainer = new_trainer(folder, prompts, [], reward, arm, updates, seed, "cosine")
+    trainer.training = replace(trainer.training, batch_size=trainer.training.batch_size * searched)
+    found: set[tuple[int, str]] = set()
+    first_hit = None
+    collect = trainer.search.collect
+
+    def watched(count, exploration):  # type: ignore[no-untyped-def]
+        nonlocal first_hit
+        batch = collect(count, exploration)
+        right = (batch.log_reward > 0).nonzero()[:, 0]
+        if len(right):
+            first_hit = trainer.iteration + 1 if first_hit is None else first_hit
+            texts = trainer.policy.objects(batch.select(right))
+            found.update(zip(batch.condition[right, 0].int().tolist(), map(str, texts), strict=True))
+        return batch
+
+    trainer.search.collect = watched  # type: ignore[method-assign]
+    began = time.process_time()
+    for _ in range(updates):
+        trainer.update()
+    seconds = time.process_time() - began
+    trainer.search.close()
+    return measured(trainer, len(prompts)) | {
+        "seed": seed, "found": len(found), "first_hit": first_hit, "cpu_seconds": seconds,
+    }  # fmt: skip
+
+
+def measured(trainer: Trainer, prompts: int) -> dict[str, object]:
+    drawn = draw(trainer, 0, prompts, EACH)
+    right = (drawn.log_reward > 0).view(prompts, EACH)
+    texts = [str(text) for text in trainer.policy.objects(drawn)]
+    hits = {(n // EACH, text) for n, text in enumerate(texts) if right.flatten()[n]}
+    at = pass_at_k(right.double().numpy())
+    return {
+        "success": float(right.float().mean()),
+        "distinct": len(hits),
+        "prompts_solved": len({prompt for prompt, _ in hits}),
+        "pass_at": {k: at[k - 1] for k in (1, 4, 16, 64)},
+    }
+
+
+def one(kind: str, name: str, seed: int, updates: int) -> dict[str, object]:
+    torch.set_num_threads(1)
+    if kind == "diversity":
+        return {"arm": name, **train(ARMS[name], seed, updates)}
+    if kind == "sparse":
+        rule, searchers = name.rsplit("/", 1)
+        arm = replace(TASK, replay=RULES[rule])
+        return {"rule": rule, "searchers": int(searchers), **train(arm, seed, updates, int(searchers))}
+    lag, recent, beta = name.split("/")
+    search = SearchSettings(runtime="virtual", searchers=1, lag=int(lag), staleness=10_000)
+    arm = replace(TASK, search=search, replay=replace(REPLAY, recent_probability=float(recent)),
+                  sharpness=Sharpness(float(beta)))  # fmt: skip
+    return {"lag": int(lag), "recent": float(recent), "beta": float(beta), **train(arm, seed, updates)}
+
+
+def jobs_of(options: argparse.Namespace) -> list[tuple[str, int]]:
+    names = {
+        "diversity": list(ARMS),
+        "sparse": [f"{rule}/{n}" for rule in RULES for n in SEARCHERS],
+        "staleness": [f"{lag}/{recent}/{beta}" for beta in BETAS for recent in RECENT for lag in LAGS],
+    }[options.what]
+    return [(name, seed) for seed in options.seeds for name in names]
+
+
+def run_all(options: argparse.Namespace) -> None:
+    path = RESULTS / f"language-{options.what}.json"
+    content = json.loads(path.read_text()) if path.exists() else {"runs": []}
+    content |= provenance(["python", *sys.argv], 0)
+    for name, seed in jobs_of(options):
+        command = [sys.executable, __file__, "one", options.what, name, str(seed), str(options.updates)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(done.stderr[-4000:])
+        content["runs"].append(json.loads(done.stdout.splitlines()[-1]))
+        path.write_text(json.dumps(content, indent=1) + "\n")
+        print(content["runs"][-1], file=sys.stderr)
+
+
+def report() -> None:
+    parts = [
+        f"# Many right answers, sparse rewards\n\n    python benchmarks/language_diversity.py diversity sparse staleness\n\n"
+        f"{(__doc__ or '').split('report', 1)[1].strip()}\n\n{UPDATES} updates of {TASK.prompts} x {TASK.group} "
+        f"completions. Mean and 95 % interval over seeds."
+    ]
+    parts += [part for kind, write in (("diversity", _diversity), ("sparse", _sparse), ("staleness", _staleness))
+              if (part := _part(kind, write))]  # fmt: skip
+    (RESULTS / "language-diversity.md").write_text("\n\n".join(parts) + "\n")
+
+
+def _part(kind: str, write) -> str | None:  # type: ignore[no-untyped-def]
+    path = RESULTS / f"language-{kind}.json"
+    if not path.exists():
+        return None
+    content = json.loads(path.read_text())
+    made = f"\n\n{content['hardware']['cpu']}; {content['started']}."
+    return write(content["runs"]) + made
+
+
+def _diversity(runs: list[dict]) -> str:  # type: ignore[type-arg]
+    rows = []
+    for name in dict.fromkeys(run["arm"] for run in runs):
+        mine = [run for run in runs if run["arm"] == name]
+        at = [plus_minus([run["pass_at"][k] for run in mine]) for k in ("1", "4", "16", "64")]
+        distinct = plus_minus([run["distinct"] for run in mine], 1)
+        found = plus_minus([run["found"] for run in mine], 0)
+        rows.append(f"| {name} | {len(mine)} | {' | '.join(at)} | {distinct} | {found} |")
+    return f"""## Diversity
+
+{EACH} completions of each prompt after training: pass@k, and how many of the {MODES} different right answers are among
+them; "found" counts those that search met on the way.
+
+| arm | seeds | pass@1 | pass@4 | pass@16 | pass@64 | different right answers | found |
+|---|---|---|---|---|---|---|---|
+{chr(10).join(rows)}"""
+
+
+def _sparse(runs: list[dict]) -> str:  # type: ignore[type-arg]
+    rows = []
+    for rule in RULES:
+        for n in SEARCHERS:
+            mine = [run for run in runs if run["rule"] == rule and run["searchers"] == n]
+            if not mine:
+                continue
+            hits = [run["first_hit"] or UPDATES for run in mine]
+            rows.append(
+                f"| {rule} | {n} | {len(mine)} | {plus_minus(hits, 1)} | {plus_minus([r['found'] for r in mine], 0)} "
+                f"| {plus_minus([r['success'] for r in mine])} | {plus_minus([r['distinct'] for r in mine], 1)} |"
+            )
+    return f"""## Sparse reward and more searchers
+
+The learner's budget is fixed; with n searchers, n times as many completions are searched in the time of an update.
+
+| rule of the replay | searchers | seeds | update of the first hit | right answers found | success | different ones drawn |
+|---|---|---|---|---|---|---|
+{chr(10).join(rows)}"""
+
+
+def _staleness(runs: list[dict]) -> str:  # type: ignore[type-arg]
+    parts = []
+    for beta in BETAS:
+        rows = []
+        for recent in RECENT:
+            cells = []
+            for lag in LAGS:
+                mine = [r for r in runs if (r["lag"], r["recent"], r["beta"]) == (lag, recent, beta)]
+                success, distinct = [r["success"] for r in mine], [float(r["distinct"]) for r in mine]
+                cells.append(f"{plus_minus(success)} ({plus_minus(distinct, 0)})" if mine else "")
+            rows.append(f"| {recent:g} | {' | '.join(cells)} |")
+        lags = " | ".join(f"lag {lag}" for lag in LAGS)
+        parts.append(f"beta = {beta:g}\n\n| m | {lags} |\n|---|{'---|' * len(LAGS)}\n" + "\n".join(rows))
+    return (
+        "## Staleness\n\nSuccess (different right answers) when searchers have weights that are so many updates old, by "
+        "the share m of groups that are recent, for two beta. Searchers in virtual time.\n\n" + "\n\n".join(parts)
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["diversity", "sparse", "staleness", "report", "one"])
+    parser.add_argument("one", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--updates", type=int, default=UPDATES)
+    options = parser.parse_args()
+    if options.what == "one":
+        kind, name, seed, updates = options.one
+        print(json.dumps(one(kind, name, int(seed), int(updates))))
+        return
+    if options.what != "report":
+        run_all(options)
+    report()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""What the benchmarks of language models share: a small model made once, a trainer from it, and accuracy afterwards."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from headwater.conditions import ConditionTable
+from headwater.environments.base import Objects
+from headwater.language.data import Prompt, read_prompts
+from headwater.language.generation import Sampling
+from headwater.language.loading import load_model, load_tokenizer
+from headwater.language.policy import LanguagePolicy
+from headwater.objectives import Objective
+from headwater.policies.base import NO_EXPLORATION
+from headwater.replay import ReplaySettings
+from headwater.reward import Reward
+from headwater.search import SearchSettings
+from headwater.training import ExplorationSettings, Sharpness, Trainer, Training
+from headwater.trajectories import Trajectories
+
+WORK = Path(__file__).parent / ".work"
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train. prompts: a step; group: completions of each; replayed: share of learning from the replay."""
+
+    objective: Objective = field(default_factory=lambda: Objective("vargrad"))
+    search: SearchSettings = field(default_factory=SearchSettings)
+    prompts: int = 10
+    group: int = 16
+    only_replayed: bool = False
+    replay: ReplaySettings = field(default_factory=ReplaySettings)
+    learning_rate: float = 3e-4
+    sharpness: Sharpness = field(default_factory=lambda: Sharpness(0.1))
+    threads: int = 1
+    max_new_tokens: int = 40
+
+
+@dataclass
+class Delayed:
+    """A reward that answers `seconds` later, as a judge on another machine does: all completions of a batch at once."""
+
+    reward: Reward
+    seconds: float
+
+    def __call__(self, objects: Objects, condition: Tensor) -> Tensor:
+        time.sleep(self.seconds)
+        return self.reward(objects, condition)
+
+
+def new_trainer(
+    model: Path, train: Sequence[Prompt], test: Sequence[Prompt], reward: Callable[[Sequence[Prompt]], Reward],
+    arm: Arm, iterations: int, seed: int, schedule: str = "constant",
+) -> Trainer:  # fmt: skip
+    """A trainer of the model in a folder; its conditions are the training prompts, and the test prompts follow them."""
+    torch.manual_seed(seed)
+    torch.set_num_threads(arm.threads)
+    prompts = [*train, *test]
+    tokenizer = load_tokenizer(str(model))
+    ids = tokenizer([prompt.text for prompt in prompts])["input_ids"]
+    policy = LanguagePolicy(
+        load_model(str(model), torch.device("cpu")), tokenizer, ids, Sampling(1.0, arm.max_new_tokens),
+        learns_log_z=arm.objective.name == "tb",
+    )  # fmt: skip
+    batch = arm.prompts * arm.group
+    training = Training(
+        iterations=iterations, batch_size=batch, group_size=arm.group, replayed=batch if arm.only_replayed else 0,
+        only_replayed=arm.only_replayed, learning_rate=arm.learning_rate, log_z_learning_rate=0.01,
+        schedule=schedule, clip_gradient=1.0,
+    )  # fmt: skip
+    rows = torch.arange(len(train), dtype=torch.float32)[:, None]
+    return Trainer(
+        policy, reward(prompts), ConditionTable(rows), arm.objective, training, ExplorationSettings(epsilon=0.0),
+        arm.replay, seed, search=arm.search, sharpness=arm.sharpness,
+    )  # fmt: skip
+
+
+def draw(trainer: Trainer, first: int, last: int, each: int, seed: int = 5) -> Trajectories:
+    """Scored completions of prompts `first` to `last`, `each` of every one, by the policy as it is."""
+    policy = trainer.policy
+    rows = torch.arange(first, last, dtype=torch.float32).repeat_interleave(each)[:, None]
+    drawn = policy.sample(rows, NO_EXPLORATION, torch.Generator().manual_seed(seed))
+    reward = trainer.search.searcher.reward
+    reward = reward.reward if isinstance(reward, Delayed) else reward
+    return drawn.with_log_reward(reward(policy.objects(drawn), rows))
+
+
+def accuracy(trainer: Trainer, first: int, last: int, each: int = 1) -> float:
+    """Mean reward of sampled completions of prompts `first` to `last`."""
+    return float(draw(trainer, first, last, each).log_reward.mean())
+
+
+def load_problems(folder: Path, most_test: int) -> tuple[list[Prompt], list[Prompt]]:
+    """Training and test prompts of a folder with train.jsonl and test.jsonl."""
+    from headwater.language.word_problems import PROMPT_TEMPLATE
+
+    train = read_prompts(folder / "train.jsonl", PROMPT_TEMPLATE)
+    return train, read_prompts(folder / "test.jsonl", PROMPT_TEMPLATE)[:most_test]
+
+
+def word_problem_model(seed: int) -> Path:
+    """The folder of the small model that was taught word problems with this seed, made if it is not there."""
+    from headwater.language.warm_start import make_word_problem_model
+
+    folder = WORK / f"word-problems-{seed}"
+    if not (folder / "test.jsonl").exists():
+        make_word_problem_model(folder, seed)
+    return folder
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval (Student's t)."""
+    if len(values) < 2:
+        return (values[0] if values else float("nan")), float("nan")
+    quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}[len(values)]
+    return statistics.fmean(values), quantile * statistics.stdev(values) / len(values) ** 0.5
+
+
+def plus_minus(values: Sequence[float], digits: int = 2) -> str:
+    mean, half = interval(values)
+    return f"{mean:.{digits}f}" if len(values) < 2 else f"{mean:.{digits}f} ± {half:.{digits}f}"

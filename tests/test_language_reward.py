@@ -92,12 +92,11 @@ def test_the_right_format_may_be_worth_something_to_a_completion_that_ended_itse
 
 
 def test_a_comparison_that_never_ends_is_no_zero_and_costs_the_others_nothing() -> None:
-    reward = MathReward(prompts("x"), timeout=3)
-    reward(completions("\\boxed{y}"), row(0))  # its imports do not count
+    reward = MathReward(prompts("2"), timeout=2)
     began = time.monotonic()
-    found = reward(completions("\\boxed{x}", "\\boxed{9^{9^{9^9}}}", "\\boxed{2y}"), row(0, 0, 0))
+    found = reward(completions("\\boxed{6/3}", "\\boxed{9^{9^{9}}}", "\\boxed{2y}"), row(0, 0, 0))
     assert found.tolist() == [1, NAN, 0]
-    assert sum(reward.failures.values()) == 1
+    assert reward.failures == {"timeout": 1}
     assert time.monotonic() - began < 30
     reward.close()
 
@@ -384,5 +383,3 @@ def test_the_win_rate_counts_ties_half_and_leaves_failures_out() -> None:
     assert win_rate(length, completions("b", "bb", "bbb", "cccc", "x"), rows, baseline) == 2.5 / 4  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="has no chosen completion"):
         chosen_completions([Prompt("a", None, {"prompt": "a"})], row(0))
-
-

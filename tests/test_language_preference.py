@@ -1,4 +1,4 @@
-"""Reward models: the score is the model's own, whatever it is batched with, and a model that cannot score is refused."""
+"""Reward models: the score is the model's own, whatever it is batched with; a model that cannot score is refused."""
 
 from __future__ import annotations
 
@@ -152,15 +152,16 @@ def test_a_score_that_is_not_finite_is_nan_and_one_that_always_is_ends_the_run(t
     found = reward([Completion("so"), Completion("blue")], torch.ones(2, 1))
     assert found.isnan().tolist() == [True, False]
     assert reward.failures == {"no number": 1}
+    for _ in range(2):
+        reward([Completion("so")] * 20, torch.ones(20, 1))
     with pytest.raises(RewardError, match="failed on each of the last 60 completions"):
-        for _ in range(3):
-            reward([Completion("so")] * 20, torch.ones(20, 1))
+        reward([Completion("so")] * 20, torch.ones(20, 1))
 
 
 def test_a_folder_that_is_no_reward_model_is_refused(tmp_path: Path) -> None:
     words = tokenizer(pad_token="<pad>")
     language_model = LlamaForCausalLM(llama().config)
-    with pytest.raises(RewardError, match="has no weights for score.weight; it must be a sequence classifier"):
+    with pytest.raises(RewardError, match=r"has no weights for score.weight; it must be a sequence classifier"):
         PreferenceReward(PROMPTS, saved(tmp_path / "language", language_model, words))
     with pytest.raises(RewardError, match="no tokenizer can be loaded"):
         PreferenceReward(PROMPTS, saved(tmp_path / "mute", llama()))

@@ -132,7 +132,7 @@ def test_a_comparison_works_off_the_main_thread(judge: MathReward) -> None:
 
 
 def test_mathematics_needs_reference_answers_and_rows_that_name_prompts() -> None:
-    with pytest.raises(RewardError, match="prompt 1 .* has no answer"):
+    with pytest.raises(RewardError, match=r"prompt 1 .* has no answer"):
         MathReward(prompts("1", None))
     reward = MathReward(prompts("1"))
     with pytest.raises(RewardError, match="names prompt 1; there are prompts 0 to 0"):
@@ -326,7 +326,7 @@ def test_failing_on_everything_ends_the_run_and_failing_on_most_does_not() -> No
     works = False
     reward(batch, rows)
     reward(batch, rows)
-    with pytest.raises(RewardError, match="each of the last 36 completions, in 3 batches.*no sandbox"):
+    with pytest.raises(RewardError, match=r"each of the last 36 completions, in 3 batches.*no sandbox"):
         reward(batch, rows)
 
 

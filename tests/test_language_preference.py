@@ -158,6 +158,13 @@ def test_a_score_that_is_not_finite_is_nan_and_one_that_always_is_ends_the_run(t
         reward([Completion("so")] * 20, torch.ones(20, 1))
 
 
+def test_an_infinite_score_is_nan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reward = PreferenceReward(PROMPTS, saved(tmp_path, llama(), tokenizer(pad_token="<pad>")))
+    monkeypatch.setattr(reward, "_scores", lambda texts: torch.tensor([torch.inf, -torch.inf, 1.0]))
+    assert reward([Completion("so")] * 3, torch.ones(3, 1)).isnan().tolist() == [True, True, False]
+    assert reward.failures == {"no number": 2}
+
+
 def test_a_folder_that_is_no_reward_model_is_refused(tmp_path: Path) -> None:
     words = tokenizer(pad_token="<pad>")
     language_model = LlamaForCausalLM(llama().config)

@@ -92,12 +92,11 @@ def test_the_right_format_may_be_worth_something_to_a_completion_that_ended_itse
 
 
 def test_a_comparison_that_never_ends_is_no_zero_and_costs_the_others_nothing() -> None:
-    reward = MathReward(prompts("x"), timeout=3)
-    reward(completions("\\boxed{y}"), row(0))  # its imports do not count
+    reward = MathReward(prompts("2"), timeout=2)
     began = time.monotonic()
-    found = reward(completions("\\boxed{x}", "\\boxed{9^{9^{9^9}}}", "\\boxed{2y}"), row(0, 0, 0))
+    found = reward(completions("\\boxed{6/3}", "\\boxed{9^{9^{9}}}", "\\boxed{2y}"), row(0, 0, 0))
     assert found.tolist() == [1, NAN, 0]
-    assert sum(reward.failures.values()) == 1
+    assert reward.failures == {"timeout": 1}
     assert time.monotonic() - began < 30
     reward.close()
 
@@ -133,7 +132,7 @@ def test_a_comparison_works_off_the_main_thread(judge: MathReward) -> None:
 
 
 def test_mathematics_needs_reference_answers_and_rows_that_name_prompts() -> None:
-    with pytest.raises(RewardError, match="prompt 1 .* has no answer"):
+    with pytest.raises(RewardError, match=r"prompt 1 .* has no answer"):
         MathReward(prompts("1", None))
     reward = MathReward(prompts("1"))
     with pytest.raises(RewardError, match="names prompt 1; there are prompts 0 to 0"):
@@ -327,7 +326,7 @@ def test_failing_on_everything_ends_the_run_and_failing_on_most_does_not() -> No
     works = False
     reward(batch, rows)
     reward(batch, rows)
-    with pytest.raises(RewardError, match="each of the last 36 completions, in 3 batches.*no sandbox"):
+    with pytest.raises(RewardError, match=r"each of the last 36 completions, in 3 batches.*no sandbox"):
         reward(batch, rows)
 
 
@@ -384,5 +383,3 @@ def test_the_win_rate_counts_ties_half_and_leaves_failures_out() -> None:
     assert win_rate(length, completions("b", "bb", "bbb", "cccc", "x"), rows, baseline) == 2.5 / 4  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="has no chosen completion"):
         chosen_completions([Prompt("a", None, {"prompt": "a"})], row(0))
-
-

@@ -15,7 +15,7 @@ from torch import Tensor
 from headwater.environments.base import Objects
 from headwater.language.answers import LONGEST_ANSWER, last_number, marked, plain_number
 from headwater.language.data import Completion, Prompt
-from headwater.language.failures import FailureCount, prompts_of
+from headwater.language.failures import FailureCount, prompts_of, shortened
 from headwater.language.verifier import VerifierReward
 from headwater.reward import Reward
 from headwater.reward_worker import Failure, RewardError, Worker
@@ -64,7 +64,7 @@ class MathReward:
             raise ValueError(f"format_reward is {format_reward!r}, must be at least 0 and below 1")
         for number, prompt in enumerate(prompts):
             if not prompt.answer or not prompt.answer.strip():
-                raise RewardError(f"prompt {number} ({prompt.text[:80]!r}) has no answer, which the reward math needs")
+                raise RewardError(f"prompt {number} ({shortened(prompt.text)}) has no answer, which math needs")
         if importlib.util.find_spec("math_verify") is None:
             raise RewardError("the reward math needs math-verify: pip install 'headwater[language]'")
         self.timeout, self.format_reward = timeout, format_reward
@@ -114,20 +114,18 @@ class MathReward:
                 hard.append(pair)
             else:
                 self._known[pair] = float(equal)
-        return self._ask(sorted(hard)) if hard else {}
+        return {pair: why for pair in sorted(hard) if (why := self._ask(pair))}
 
-    def _ask(self, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], tuple[str, str]]:
+    def _ask(self, pair: tuple[str, str]) -> tuple[str, str] | None:
+        """Have one pair compared, so that the time limit is of it alone; kind and message if that failed."""
         if self._worker is None:
             self._worker = Worker("headwater.language.equality:equal", self.timeout)
         try:
-            self._known.update(zip(pairs, self._worker.call(list(pairs)), strict=True))
+            (self._known[pair],) = self._worker.call([pair])
         except Failure as failure:
-            if len(pairs) == 1:
-                kind = "timeout" if str(failure).startswith("no answer within") else "crash"
-                return {pairs[0]: (kind, f"comparing {pairs[0][0]!r} with {pairs[0][1]!r}: {failure}")}
-            middle = len(pairs) // 2
-            return self._ask(pairs[:middle]) | self._ask(pairs[middle:])
-        return {}
+            kind = "timeout" if str(failure).startswith("no answer within") else "crash"
+            return kind, f"comparing {shortened(pair[0])} with {shortened(pair[1])}: {failure}"
+        return None
 
 
 def win_rate(reward: Reward, objects: Sequence[Completion], condition: Tensor, baseline: Sequence[Completion]) -> float:
@@ -152,7 +150,7 @@ def chosen_completions(prompts: Sequence[Prompt], condition: Tensor) -> list[Com
         text = prompt.fields.get("chosen", prompt.fields.get("answer", prompt.fields.get("solution")))
         if text is None:
             raise ValueError(
-                f"the prompt {prompt.text[:80]!r} has no chosen completion; its fields: {[*prompt.fields]}"
+                f"the prompt {shortened(prompt.text)} has no chosen completion; it has {', '.join(prompt.fields)}"
             )
         found.append(Completion(text))
     return found

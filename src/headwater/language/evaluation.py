@@ -118,8 +118,7 @@ def figures_of(policy: LanguagePolicy, drawn: Drawn, verdicts: bool) -> dict[str
         "mean_length": float(trajectories.lengths.double().mean()),
         "truncated": _share(~policy.finished(trajectories)),
     }
-    if verdicts:
-        curve = pass_at_k(drawn.reward)
+    if verdicts and (curve := pass_at_k(drawn.reward)):
         right = [
             len({text for text, reward in zip(drawn.of(n), row, strict=True) if reward >= 1})
             for n, row in enumerate(drawn.reward)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -208,10 +209,8 @@ def _staleness_bins(rows: Rows) -> list[tuple[str, float]]:
     names = sorted({name for row in rows for name in row if name.startswith(_STALENESS)}, key=_lower_end)
     shares = {name: np.array([as_float(row[name]) for row in rows if name in row]) for name in names}
     ends = [_lower_end(name) for name in names]
-    labels = [
-        f"{low}+" if high is None else (str(low) if high == low + 1 else f"{low}–{high - 1}")
-        for low, high in zip(ends, [*ends[1:], None], strict=True)
-    ]
+    labels = [str(low) if high == low + 1 else f"{low}–{high - 1}" for low, high in pairwise(ends)]
+    labels += [f"{low}+" for low in ends[-1:]]
     return [(label, float(np.nanmean(shares[name]))) for label, name in zip(labels, names, strict=True)]
 
 

@@ -52,7 +52,7 @@ class WarmStart:
     validation_questions: int = 400
     """Held-out questions by which training stops; they are not among those of test.jsonl."""
     in_order: float = 0.75
-    """Probability that a step of a worked answer follows the story; with less, the model knows more ways to the answer."""
+    """Probability that a step of a worked answer follows the story; with less, the model knows more solutions."""
     width: int = 128
     layers: int = 4
     heads: int = 4
@@ -61,7 +61,7 @@ class WarmStart:
     warm_up: int = 50
     """Steps over which the learning rate rises; it is constant from then on, until accuracy stops the training."""
     evaluate_every: int = 50
-    """Steps between evaluations; five times fewer once half the accuracy is reached."""
+    """Steps between evaluations; a third of them once half the accuracy is reached."""
     most_steps: int = 2000
 
     def __post_init__(self) -> None:
@@ -98,8 +98,8 @@ def make_word_problem_model(folder: Path, seed: int = 0, settings: WarmStart = W
     batches = length_sorted_batches(labelled(tokenizer, prompts, answers), settings.batch, generator)
     reached = _train_to_accuracy(model, tokenizer, batches, validation, settings)
     folder.mkdir(parents=True, exist_ok=True)
-    write_gsm8k(folder / "train.jsonl", train, seed)
-    write_gsm8k(folder / "test.jsonl", test, seed)
+    write_gsm8k(folder / "train.jsonl", train, answers)
+    write_gsm8k(folder / "test.jsonl", test, [problem.solution(generator, settings.in_order) for problem in test])
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
     return reached

@@ -204,6 +204,7 @@ def test_a_target_that_is_missed_ends_with_the_accuracy_reached(tmp_path: Path):
     ("changed", "message"),
     [
         ({"accuracy": 0.0}, "accuracy = 0.0: must be between 0 and 1"),
+        ({"in_order": 1.5}, "in_order = 1.5: must be from 0 to 1"),
         ({"batch": 0}, "batch = 0: must be at least 1"),
         ({"width": 30, "heads": 4}, "width = 30: must be a multiple of twice heads = 4"),
         ({"train_questions": 100}, "train_questions = 100: must be at least 16"),

@@ -51,6 +51,8 @@ class WarmStart:
     test_questions: int = 500
     validation_questions: int = 400
     """Held-out questions by which training stops; they are not among those of test.jsonl."""
+    in_order: float = 0.75
+    """Probability that a step of a worked answer follows the story; with less, the model knows more solutions."""
     width: int = 128
     layers: int = 4
     heads: int = 4
@@ -59,10 +61,12 @@ class WarmStart:
     warm_up: int = 50
     """Steps over which the learning rate rises; it is constant from then on, until accuracy stops the training."""
     evaluate_every: int = 50
-    """Steps between evaluations; five times fewer once half the accuracy is reached."""
+    """Steps between evaluations; a third of them once half the accuracy is reached."""
     most_steps: int = 2000
 
     def __post_init__(self) -> None:
+        if not 0 <= self.in_order <= 1:
+            raise ValueError(f"in_order = {self.in_order}: must be from 0 to 1")
         for name in ("accuracy", "learning_rate"):
             if not 0 < (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} = {value}: must be between 0 and 1")
@@ -87,15 +91,15 @@ def make_word_problem_model(folder: Path, seed: int = 0, settings: WarmStart = W
     problems = generate_word_problems(sum(counts), seed)
     validation, test, train = problems[: counts[0]], problems[counts[0] : sum(counts[:2])], problems[sum(counts[:2]) :]
     generator = random.Random(seed)
-    answers = [problem.solution(generator) for problem in train]
+    answers = [problem.solution(generator, settings.in_order) for problem in train]
     tokenizer = train_tokenizer([problem.question for problem in train] + answers)
     model = new_model(tokenizer, settings.width, settings.layers, settings.heads, seed)
     prompts = [PROMPT_TEMPLATE.format(question=problem.question) for problem in train]
     batches = length_sorted_batches(labelled(tokenizer, prompts, answers), settings.batch, generator)
     reached = _train_to_accuracy(model, tokenizer, batches, validation, settings)
     folder.mkdir(parents=True, exist_ok=True)
-    write_gsm8k(folder / "train.jsonl", train, seed)
-    write_gsm8k(folder / "test.jsonl", test, seed)
+    write_gsm8k(folder / "train.jsonl", train, answers)
+    write_gsm8k(folder / "test.jsonl", test, [problem.solution(generator, settings.in_order) for problem in test])
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
     return reached

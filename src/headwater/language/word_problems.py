@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from math import prod
@@ -102,10 +102,12 @@ def generate_word_problems(count: int, seed: int) -> list[WordProblem]:
     return shuffled
 
 
-def write_gsm8k(path: Path, problems: Iterable[WordProblem], seed: int) -> None:
-    """Write problems as GSM8K's files have them: lines with `question`, and one worked answer as `answer`."""
-    generator = random.Random(seed)
-    lines = [json.dumps({"question": problem.question, "answer": problem.solution(generator)}) for problem in problems]
+def write_gsm8k(path: Path, problems: Sequence[WordProblem], answers: Sequence[str]) -> None:
+    """Write problems as GSM8K's files have them: lines with `question`, and a worked answer as `answer`."""
+    lines = [
+        json.dumps({"question": problem.question, "answer": answer})
+        for problem, answer in zip(problems, answers, strict=True)
+    ]
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 

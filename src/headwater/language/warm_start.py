@@ -2,8 +2,8 @@
 
 It stands in for the supervised model from which post-training starts: it knows the form of an answer, solves some
 questions, and has room to learn. How many steps that takes differs from seed to seed, so the stop is by accuracy on
-held-out questions. Matrices are trained by Muon (Jordan et al. 2024, as `torch.optim.Muon` has it), which here needs
-several times fewer steps than AdamW; all else by AdamW.
+held-out questions. Matrices are trained by Muon (Jordan et al. 2024, as `torch.optim.Muon` has it), all else by
+AdamW.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 
 A small GPT-2 writes strings of at most four letters. Every string is enumerated as a trajectory, so total variation to
 pi_ref exp(r / beta) / Z and log Z are exact. Completions to learn from are written by the policy itself, by the policy
-of 200 updates ago, or uniformly at random. Compared: trajectory balance with a learned log Z (tb) and without (vargrad),
-REINFORCE whose penalty on the divergence is that of the time of writing, less a leave-one-out baseline (rloo), and
+of 200 updates ago, or uniformly at random. Compared: trajectory balance with a learned log Z (tb) and without
+(vargrad), REINFORCE whose penalty on the divergence is that of the time of writing, less a leave-one-out baseline (rloo), and
 REINFORCE on the reward alone.
 """
 
@@ -51,7 +51,7 @@ class Benchmark:
     """Letters of a string, at most."""
     beta: float = 0.4
     """Weight of the divergence from the starting model."""
-    iterations: int = 500
+    iterations: int = 400
     """Updates of a run."""
     batch_size: int = 128
     """Completions an update."""
@@ -240,7 +240,8 @@ def page(record: dict[str, object]) -> str:
         f"{min(starts):.2f} to {max(starts):.2f}. Mean and half its 95 % interval over the seeds.",
         "Error of log Z: of the learned one for tb; else of the estimate from the policy's own completions, in "
         "expectation.",
-        "| objective | completions by | total variation | worst | error of log Z | CPU s a run |\n|---|---|---|---|---|---|",
+        "| objective | completions by | total variation | worst | error of log Z | CPU s a run |\n"
+        "|---|---|---|---|---|---|",
     ]
     pairs = dict.fromkeys((run["objective"], run["behaviour"]) for run in runs)
     for objective, behaviour in pairs:

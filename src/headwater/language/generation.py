@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from headwater.language.backbone import Backbone, RoomyLayer, chosen_log_probs
@@ -160,13 +160,19 @@ class ModelGenerator:
             ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
             mask[row, longest - len(prompt) :] = 1
         devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
-            out = self.backbone.model.generate(
-                ids, attention_mask=mask, do_sample=True, temperature=sampling.temperature, top_p=1.0, top_k=0,
-                max_new_tokens=sampling.max_new_tokens, eos_token_id=self.ends or None, pad_token_id=padding,
-                return_dict_in_generate=True, output_scores=True,
-            )  # fmt: skip
+        settings = GenerationConfig(
+            do_sample=True, temperature=sampling.temperature, top_p=1.0, top_k=0, eos_token_id=self.ends or None,
+            pad_token_id=padding, max_new_tokens=sampling.max_new_tokens, return_dict_in_generate=True,
+            output_scores=True,
+        )  # fmt: skip
+        model = self.backbone.model
+        own, model.generation_config = model.generation_config, GenerationConfig()  # its penalties and cuts stay out
+        try:
+            with torch.random.fork_rng(devices):
+                torch.manual_seed(seed)
+                out = model.generate(ids, attention_mask=mask, generation_config=settings)
+        finally:
+            model.generation_config = own
         tokens = out.sequences[:, longest:]
         log_probs = torch.stack([
             chosen_log_probs(scores.float(), tokens[:, step], 1.0) for step, scores in enumerate(out.scores)

@@ -5,8 +5,8 @@
 A small GPT-2 writes strings of at most four letters. Every string is enumerated as a trajectory, so total variation to
 pi_ref exp(r / beta) / Z and log Z are exact. Completions to learn from are written by the policy itself, by the policy
 of 200 updates ago, or uniformly at random. Compared: trajectory balance with a learned log Z (tb) and without
-(vargrad), REINFORCE whose penalty on the divergence is that of the time of writing, less a leave-one-out baseline (rloo), and
-REINFORCE on the reward alone.
+(vargrad), REINFORCE whose penalty on the divergence is that of the time of writing, less a leave-one-out baseline
+(rloo), and REINFORCE on the reward alone.
 """
 
 from __future__ import annotations

@@ -7,14 +7,17 @@ batched by length, so that little is padding; logits are made of the tokens that
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 _BLOCK = 16_384  # tokens that go through the network in one call, at most, if one sequence has no more
 
@@ -37,17 +40,18 @@ class Backbone:
     """A language model as functions of token numbers. It holds no state of its own.
 
     shares_prompts: whether a prompt's keys and values can be computed once for all its completions; not so where a
-    layer forgets (sliding windows, recurrent states) or where activations are recomputed (gradient checkpointing).
+    layer forgets (sliding windows, recurrent states). Where activations are recomputed on the way back (gradient
+    checkpointing), they are shared only where there is no way back.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        parameters = inspect.signature(model.forward).parameters
+        parameters = self._parameters = inspect.signature(model.forward).parameters
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         cached = {"position_ids", self._cache_name} <= parameters.keys()
         layers = DynamicCache(config=model.config).layers if cached else []
         attends_to_all = all(type(layer) is DynamicLayer for layer in layers)
-        self.shares_prompts = cached and attends_to_all and not _recomputes(model)
+        self.shares_prompts = cached and attends_to_all
         self._head = self._separate_head()
 
     @property
@@ -67,9 +71,11 @@ class Backbone:
 
         prompts: U, of one token or more. prompt_of: `[T]`, each completion's prompt. tokens: `[S]`, lengths: `[T]`.
         """
-        if self.shares_prompts:
+        recomputes = torch.is_grad_enabled() and _recomputes(self.model)
+        if self.shares_prompts and not recomputes:
             return self._log_probs_by_prefill(prompts, prompt_of, tokens, lengths, temperature)
-        return self._log_probs_of_whole(prompts, prompt_of, tokens, lengths, temperature)
+        with _recomputing(self.model, recomputes):
+            return self._log_probs_of_whole(prompts, prompt_of, tokens, lengths, temperature)
 
     def _log_probs_by_prefill(
         self, prompts: Sequence[Tensor], prompt_of: Tensor, tokens: Tensor, lengths: Tensor, temperature: float
@@ -149,14 +155,11 @@ class Backbone:
         """`[B, L, hidden]`; the logits themselves for a model whose head cannot be had by itself."""
         options: dict[str, object] = {"attention_mask": None if bool(mask.all()) else mask, "position_ids": positions}
         options |= {self._cache_name: cache, "use_cache": cache is not None}
-        options = {name: value for name, value in options.items() if self._takes(name)}
+        options = {name: value for name, value in options.items() if name in self._parameters}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             if self._head is None:
                 return self.model(ids, **options).logits
             return self.model.base_model(ids, **options).last_hidden_state
-
-    def _takes(self, name: str) -> bool:
-        return name in inspect.signature(self.model.forward).parameters
 
     def _separate_head(self) -> nn.Module | None:
         """The last layer, if it is a plain function of the last hidden state: not so where logits are scaled or capped
@@ -213,6 +216,35 @@ def chosen_log_probs(logits: Tensor, tokens: Tensor, temperature: float) -> Tens
 def _recomputes(model: PreTrainedModel) -> bool:
     newer = hasattr(model, "is_activation_checkpointing")  # the other name is deprecated
     return bool(model.is_activation_checkpointing if newer else model.is_gradient_checkpointing)
+
+
+@contextmanager
+def _recomputing(model: PreTrainedModel, recomputes: bool) -> Iterator[None]:
+    """Layers of `transformers` recompute only while they are in training, and some have dropout then: so they are put
+    in training to be called, and out of it for what they compute, both times."""
+    modules = model.modules() if recomputes else []
+    layers = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
+    before = [layer._gradient_checkpointing_func for layer in layers]
+    for layer, checkpoint in zip(layers, before, strict=True):
+        layer.training, layer._gradient_checkpointing_func = True, partial(_without_dropout, layer, checkpoint)
+    try:
+        yield
+    finally:
+        for layer, checkpoint in zip(layers, before, strict=True):
+            layer.training, layer._gradient_checkpointing_func = False, checkpoint
+
+
+def _without_dropout(
+    layer: nn.Module, checkpoint: Callable[..., Tensor], forward: Callable[..., Tensor], *states: Tensor
+) -> Tensor:
+    def computed(*states: Tensor) -> Tensor:
+        training, layer.training = layer.training, False
+        try:
+            return forward(*states)
+        finally:
+            layer.training = training
+
+    return checkpoint(computed, *states)
 
 
 def _blocks(order: Tensor, lengths: Tensor) -> list[Tensor]:

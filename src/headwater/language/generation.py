@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from headwater.language.backbone import Backbone, RoomyLayer, chosen_log_probs
@@ -118,7 +118,7 @@ class ModelGenerator:
         writing = torch.ones(count, dtype=torch.bool, device=device)  # who of them is not done
         positions, end = prefill.lengths[prompt_of], prefill.mask.shape[1]
         for step in range(sampling.max_new_tokens):
-            drawn = torch.multinomial(torch.softmax(logits / sampling.temperature, 1), 1, generator=generator)[:, 0]
+            drawn = _drawn(torch.softmax(logits / sampling.temperature, 1), generator)
             tokens[rows, step] = drawn
             log_probs[rows, step] = chosen_log_probs(logits, drawn, sampling.temperature)
             ended = torch.isin(drawn, ends) & writing
@@ -160,13 +160,19 @@ class ModelGenerator:
             ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
             mask[row, longest - len(prompt) :] = 1
         devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
-            out = self.backbone.model.generate(
-                ids, attention_mask=mask, do_sample=True, temperature=sampling.temperature, top_p=1.0, top_k=0,
-                max_new_tokens=sampling.max_new_tokens, eos_token_id=self.ends or None, pad_token_id=padding,
-                return_dict_in_generate=True, output_scores=True,
-            )  # fmt: skip
+        settings = GenerationConfig(
+            do_sample=True, temperature=sampling.temperature, top_p=1.0, top_k=0, eos_token_id=self.ends or None,
+            pad_token_id=padding, max_new_tokens=sampling.max_new_tokens, return_dict_in_generate=True,
+            output_scores=True,
+        )  # fmt: skip
+        model = self.backbone.model
+        own, model.generation_config = model.generation_config, GenerationConfig()  # its penalties and cuts stay out
+        try:
+            with torch.random.fork_rng(devices):
+                torch.manual_seed(seed)
+                out = model.generate(ids, attention_mask=mask, generation_config=settings)
+        finally:
+            model.generation_config = own
         tokens = out.sequences[:, longest:]
         log_probs = torch.stack([
             chosen_log_probs(scores.float(), tokens[:, step], 1.0) for step, scores in enumerate(out.scores)
@@ -180,6 +186,14 @@ class ModelGenerator:
             finished[open_still] &= ~stopped[open_still]
             lengths[stopped] = step + 1
         return _packed(tokens, log_probs, lengths, finished)
+
+
+def _drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """One column of each row `[B, V]` in proportion, by one uniform number a row."""
+    cumulative = probabilities.cumsum(1, dtype=torch.float64)
+    uniform = torch.rand(len(probabilities), 1, dtype=torch.float64, device=probabilities.device, generator=generator)
+    found = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
+    return found.clamp(max=probabilities.shape[1] - 1)
 
 
 def _packed(tokens: Tensor, log_probs: Tensor, lengths: Tensor, finished: Tensor) -> list[Generated]:

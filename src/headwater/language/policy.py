@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -64,6 +64,7 @@ class LanguagePolicy(Policy):
         self.model, self.tokenizer, self.sampling, self.reset_every = model, tokenizer, sampling, reset_every
         self.prompts = [torch.tensor(prompt, dtype=torch.int64) for prompt in prompts]
         inner = model.get_base_model() if _is_peft(model) else model
+        model.eval()  # before it is copied: a reference with dropout would be another one each time
         self.backbone = Backbone(inner)
         self._require_room()
         self.register_buffer("reference_version", torch.zeros((), dtype=torch.int64))
@@ -73,7 +74,6 @@ class LanguagePolicy(Policy):
         if self.log_z_head is not None:
             nn.init.zeros_(self.log_z_head.weight), nn.init.zeros_(self.log_z_head.bias)
         self.local, self.remote = ModelGenerator(self.backbone, tokenizer), remote
-        self._eval_only(inner)
 
     def sample(self, condition: Tensor, exploration: Exploration, generator: torch.Generator) -> Trajectories:
         """Draw one completion for each row of `condition`; `exploration.temperature` multiplies the sampler's own."""
@@ -196,6 +196,12 @@ class LanguagePolicy(Policy):
         """Dropout stays off: log-probabilities must be those of the sampler."""
         return super().train(False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LanguagePolicy:
+        """Whatever moves or casts the model does the same to a reference that is no part of a checkpoint."""
+        if self._reference is not None and not self.reset_every:
+            self._reference.model._apply(fn)
+        return super()._apply(fn, recurse)
+
     # The reference
 
     def _make_reference(self) -> Backbone | None:
@@ -249,10 +255,6 @@ class LanguagePolicy(Policy):
                     f"prompt {number + 1} has {len(prompt)} tokens and max_new_tokens = "
                     f"{self.sampling.max_new_tokens}: together more than the model's context of {context}"
                 )
-
-    def _eval_only(self, inner: PreTrainedModel) -> None:
-        self.model.eval()
-        inner.eval()
 
 
 def _is_peft(model: nn.Module) -> bool:

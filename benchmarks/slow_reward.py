@@ -56,7 +56,7 @@ def new_trainer(processes: int, delay: float, iterations: int, seed: int) -> Tra
     training = Training(iterations=iterations, batch_size=BATCH, replayed=REPLAYED, learning_rate=5e-3)
     return Trainer(
         policy, SlowReward(delay), NoCondition(), Objective("tb"), training, ExplorationSettings(epsilon=0.1),
-        ReplaySettings(capacity=10_000, rule="uniform"), seed, search=SearchSettings(processes=processes),
+        ReplaySettings(capacity=10_000, rule="uniform"), seed, search=SearchSettings(searchers=processes),
     )  # fmt: skip
 
 

@@ -303,7 +303,7 @@ def test_a_seed_says_everything(tmp_path: Path, alignment: Path) -> None:
 
 
 def test_processes_search_with_chains_of_their_own(tmp_path: Path, alignment: Path) -> None:
-    flags = ("--search.processes", 2, "--training.replayed", 8, "--training.iterations", 20)
+    flags = ("--search.searchers", 2, "--training.replayed", 8, "--training.iterations", 20)
     run = train(tmp_path / "run", "--alignment", alignment, *TINY, *flags)
     rows = run.metrics()
     assert rows[-1]["iteration"] == 20

@@ -74,7 +74,7 @@ def prompt(hand: Hand, searcher: int, lease: Lease) -> list[Event]:
 
 
 def make(
-    answer: Answer, processes: int = 2, staleness: int = 20, timeout: float = 600.0
+    answer: Answer, searchers: int = 2, staleness: int = 20, timeout: float = 600.0
 ) -> tuple[AsynchronousSearch, list[Hand]]:
     searcher = Searcher(random_policy(Hypergrid(2, 6)), HypergridReward(6), NoCondition())
     hands: list[Hand] = []
@@ -83,7 +83,7 @@ def make(
         hands.append(Hand(searcher, answer))
         return hands[-1]
 
-    settings = SearchSettings(processes, staleness, timeout)
+    settings = SearchSettings(searchers=searchers, staleness=staleness, timeout=timeout)
     return AsynchronousSearch(searcher, Replay(10_000, Uniform()), seeded(0), settings, runtime), hands
 
 
@@ -107,7 +107,7 @@ def test_each_update_gets_one_batch_and_everything_drawn_is_counted_and_remember
 
 
 def test_no_more_leases_are_out_than_the_staleness_allows() -> None:
-    search, hands = make(lambda hand, searcher, lease: [], processes=3, staleness=2)
+    search, hands = make(lambda hand, searcher, lease: [], searchers=3, staleness=2)
     with pytest.raises(TimeoutError):
         search.collect(COUNT, Exploration())
     assert sum(search.ledger.holds(searcher) for searcher in search.ledger.searchers) == 3
@@ -125,7 +125,7 @@ def test_searchers_are_two_batches_ahead_only_of_a_learner_that_they_would_have_
         clock[0] += 1.0
         return [hand.deliver(searcher, lease)]
 
-    search, _ = make(answer, processes=3)
+    search, _ = make(answer, searchers=3)
     for _ in range(30):
         batch = learn(search)
         clock[0] += 0.1 if slow == "search" else 1.0
@@ -146,7 +146,7 @@ def test_a_batch_that_is_too_stale_goes_to_the_replay_and_not_to_the_learner() -
     def one_late(hand: Hand, searcher: int, lease: Lease) -> list[Event]:
         return [hand.deliver(searcher, lease, version=2 if lease.number == 9 else None)]
 
-    search, _ = make(one_late, processes=1, staleness=3)
+    search, _ = make(one_late, searchers=1, staleness=3)
     staleness = []
     for _ in range(15):
         batch = learn(search)
@@ -183,7 +183,7 @@ def test_the_lease_of_a_dead_searcher_is_drawn_again_by_another_seed() -> None:
         issued.append(lease)
         return [Ended(0, "died")] if len(issued) == 1 else [hand.deliver(searcher, lease)] if searcher else []
 
-    search, _ = make(first_dies, processes=1)
+    search, _ = make(first_dies, searchers=1)
     learn(search)
     again = [lease for lease in issued if lease.number == issued[0].number]
     assert len(again) == 2
@@ -233,7 +233,7 @@ def test_what_was_delivered_but_not_learnt_from_is_in_the_state() -> None:
 
 
 def test_metrics_are_of_the_time_since_the_last_ones() -> None:
-    search, _ = make(prompt, processes=1, staleness=1)
+    search, _ = make(prompt, searchers=1, staleness=1)
     for _ in range(20):
         learn(search)
     figures = search.metrics()

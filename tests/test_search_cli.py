@@ -21,7 +21,7 @@ def score(words):
     return [2.0 ** word.count("A") for word in words]
 """
 FLAGS = [
-    "--function", "mine:score", "--length", "5", "--search.processes", "2", "--training.replayed", "8",
+    "--function", "mine:score", "--length", "5", "--search.searchers", "2", "--training.replayed", "8",
     "--training.log-every", "5", "--network.width", "16", "--samples", "20", "--quiet",
 ]  # fmt: skip
 

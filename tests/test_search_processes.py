@@ -37,7 +37,7 @@ from helpers import seeded
 
 GRID = HypergridReward(6, r0=0.05)
 LOOP = Training(iterations=30, batch_size=8, replayed=8, log_every=10, checkpoint_every=1000, learning_rate=1e-2)
-TWO = SearchSettings(processes=2)
+TWO = SearchSettings(searchers=2)
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +129,7 @@ def test_a_batch_was_drawn_by_the_weights_whose_version_it_bears() -> None:
 def test_one_worker_that_may_not_be_stale_gives_the_same_run_every_time() -> None:
     ends = []
     for _ in range(2):
-        made = trainer(search=SearchSettings(processes=1, staleness=0))
+        made = trainer(search=SearchSettings(searchers=1, staleness=0))
         made.run(progress_bar=False)
         ends.append(made.policy.state_dict())
         assert made.search.drawn in (30 * 8, 31 * 8)  # one more was under way when the run ended
@@ -149,7 +149,7 @@ def test_a_moving_average_is_what_searches() -> None:
     torch.manual_seed(0)
     policy = EnvironmentPolicy(Hypergrid(2, 6), Network(width=32))
     exploration = ExplorationSettings(0.0, average=0.99)
-    search = SearchSettings(processes=1, staleness=0)
+    search = SearchSettings(searchers=1, staleness=0)
     made = Trainer(policy, GRID, NoCondition(), Objective(), LOOP, exploration, seed=0, search=search)
     for _ in range(20):
         made.update()
@@ -172,7 +172,7 @@ def test_a_worker_killed_while_it_draws_is_replaced(tmp_path: Path, caplog: pyte
 
 
 def test_a_worker_killed_while_it_delivers_leaves_nothing_half(caplog: pytest.LogCaptureFixture) -> None:
-    made = trainer(search=SearchSettings(processes=1), training=replace(LOOP, batch_size=20_000))
+    made = trainer(search=SearchSettings(searchers=1), training=replace(LOOP, batch_size=20_000))
     made.search._wanted = 20_000, made.exploration.at(0)  # type: ignore[attr-defined]
     made.search._start()  # type: ignore[attr-defined]
     (worker,) = runtime(made)._workers.values()
@@ -195,7 +195,7 @@ def test_a_reward_that_hangs_costs_its_worker_alone(tmp_path: Path, caplog: pyte
         time.sleep(0.1)
         return GRID(objects, condition)
 
-    made = trainer(Once(tmp_path, lambda: time.sleep(1000), unhurried), SearchSettings(processes=2, timeout=1.0))
+    made = trainer(Once(tmp_path, lambda: time.sleep(1000), unhurried), SearchSettings(searchers=2, timeout=1.0))
     with caplog.at_level(logging.WARNING):
         made.run(progress_bar=False)
     assert made.iteration == 30
@@ -208,7 +208,7 @@ def test_a_reward_that_always_hangs_stops_the_run_and_says_why() -> None:
         time.sleep(1000)
         raise AssertionError
 
-    made = trainer(hang, SearchSettings(processes=1, timeout=0.2))
+    made = trainer(hang, SearchSettings(searchers=1, timeout=0.2))
     with pytest.raises(SearchError, match=r"hung: no batch within 0.2 s.*3 have ended in a row"):
         made.run(progress_bar=False)
 
@@ -320,7 +320,7 @@ def test_workers_end_when_the_learner_is_killed(tmp_path: Path) -> None:
     script = (
         "import sys, time\n"
         "from test_search_processes import *\n"
-        "made = trainer(search=SearchSettings(processes=2))\n"
+        "made = trainer(search=SearchSettings(searchers=2))\n"
         "made.update()\n"
         "busy = trainer(lambda objects, condition: time.sleep(1000))\n"
         "busy.search._wanted = 8, busy.exploration.at(0)\n"
@@ -375,8 +375,13 @@ def test_a_stopped_run_goes_on_where_it_was_with_nothing_lost(tmp_path: Path) ->
 
 def test_settings_that_cannot_work_are_named() -> None:
     for settings, said in (
-        ({"processes": -1}, "processes = -1"),
-        ({"processes": 4, "staleness": 2}, "staleness = 2: 4 processes"),
+        ({"searchers": -1}, "searchers = -1"),
+        ({"searchers": 4, "staleness": 2}, "staleness = 2: 4 searchers"),
+        ({"runtime": "ray"}, "searchers = 0: runtime = 'ray'"),
+        ({"runtime": "inline", "searchers": 2}, "searchers = 2: inline search has none"),
+        ({"searchers": 2, "lag": 3}, "lag = 3: only for runtime = 'virtual'"),
+        ({"searchers": 1, "address": "auto"}, "only for runtime = 'ray'"),
+        ({"runtime": "ray", "searchers": 1, "resources": ("tpu",)}, "'tpu' must be name=amount"),
         ({"timeout": 0.0}, "timeout = 0"),
     ):
         with pytest.raises(ValueError, match=said):

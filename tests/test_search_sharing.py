@@ -48,7 +48,7 @@ def trainer(reward: Reward = GRID, exploration: ExplorationSettings | None = Non
     policy = EnvironmentPolicy(Hypergrid(2, 6), Network(width=32), "learned")
     training = Training(iterations=iterations, batch_size=8, replayed=8, learning_rate=1e-2)
     exploration = exploration or ExplorationSettings(epsilon=0.5, epsilon_end=0.5)
-    replay, search = ReplaySettings(100_000, "uniform"), SearchSettings(processes=2)
+    replay, search = ReplaySettings(100_000, "uniform"), SearchSettings(searchers=2)
     return Trainer(policy, reward, NoCondition(), Objective(), training, exploration, replay, search=search)
 
 

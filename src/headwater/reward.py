@@ -204,6 +204,10 @@ class CachedReward:
         self._known: OrderedDict[Hashable, float] = OrderedDict()
         self._repeated: set[str] = set()
 
+    def __getstate__(self) -> dict[str, object]:
+        """A copy that is sent elsewhere keeps no table."""
+        return self.__dict__ | {"table": None, "_text": list}
+
     def keep_in(
         self, table: ObjectTable, text: Callable[[Objects], Sequence[str]], resumed_at: int = sys.maxsize
     ) -> None:

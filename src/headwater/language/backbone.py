@@ -46,9 +46,9 @@ class Backbone:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        parameters = self._parameters = inspect.signature(model.forward).parameters
+        parameters = self._parameters = frozenset(inspect.signature(model.forward).parameters)
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
-        cached = {"position_ids", self._cache_name} <= parameters.keys()
+        cached = {"position_ids", self._cache_name} <= parameters
         layers = DynamicCache(config=model.config).layers if cached else []
         attends_to_all = all(type(layer) is DynamicLayer for layer in layers)
         self.shares_prompts = cached and attends_to_all

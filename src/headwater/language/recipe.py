@@ -123,8 +123,8 @@ class LanguageRecipe(Recipe):
             raise ValueError("replay.per_condition: completions of one prompt are compared, so 2 or more of them")
         if training.replay_backward:
             raise ValueError("training.replay_backward: a completion has one path, from left to right")
-        if self.vllm.url and self.search.processes > 1:
-            raise ValueError("search.processes: one searcher for one vLLM server, which serves many requests at once")
+        if self.vllm.url and self.search.searchers > 1:
+            raise ValueError("search.searchers: one searcher for one vLLM server, which serves many requests at once")
         if self.completions < 1:
             raise ValueError(f"completions = {self.completions}: must be at least 1")
         if self.evaluated_prompts < 0:

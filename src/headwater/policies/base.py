@@ -126,6 +126,10 @@ class Policy(nn.Module):
         """Whether `sample_backward` is there to be used."""
         return type(self).sample_backward is not Policy.sample_backward
 
+    def published(self) -> dict[str, Tensor]:
+        """What a searcher elsewhere must have the newest of, by name: the very tensors, to copy from and into."""
+        return dict(self.state_dict())
+
     def measures(self, log_probs: LogProbs, batch: Trajectories) -> dict[str, float]:
         """Figures of this policy's own for the metrics, of a batch that it has just learned from."""
         return {}

@@ -13,6 +13,7 @@ from headwater.search.local import LocalSearch
 from headwater.search.searcher import Drawn, Searcher
 from headwater.search.teacher import Teacher, TeacherSettings
 from headwater.search.thompson import Thompson, ThompsonSettings
+from headwater.search.virtual import VirtualSearch
 
 __all__ = [
     "Drawn",
@@ -28,6 +29,7 @@ __all__ = [
     "TeacherSettings",
     "Thompson",
     "ThompsonSettings",
+    "VirtualSearch",
     "build_search",
 ]
 
@@ -36,8 +38,14 @@ def build_search(
     settings: SearchSettings, searcher: Searcher, replay: Replay | None, generator: torch.Generator
 ) -> Search:
     """The search of these settings, which runs `searcher` and fills `replay`."""
-    if not settings.processes:
+    if not settings.searchers:
         return InlineSearch(searcher, replay, generator)
+    if settings.runtime == "virtual":
+        return VirtualSearch(searcher, replay, generator, settings.searchers, settings.lag)
+    if settings.runtime == "ray":
+        from headwater.search.rays import ray_search
+
+        return ray_search(settings, searcher, replay, generator)
     from headwater.search.processes import process_search
 
     return process_search(settings, searcher, replay, generator)

@@ -110,7 +110,7 @@ class _Window:
 
 
 class AsynchronousSearch(Search):
-    """Searchers in `settings.processes` places, run by what `runtime` makes when the first batch is asked for."""
+    """Searchers in `settings.searchers` places, run by what `runtime` makes when the first batch is asked for."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class AsynchronousSearch(Search):
         super().__init__(searcher, replay)
         self.settings = settings
         seed = int(torch.randint(2**62, (), generator=generator))
-        self.ledger = Ledger(min(settings.processes, settings.staleness + 1), settings.staleness, seed)
+        self.ledger = Ledger(min(settings.searchers, settings.staleness + 1), settings.staleness, seed)
         self.restarts = 0
         self._make_runtime = runtime
         self._runtime: Runtime | None = None
@@ -235,7 +235,7 @@ class AsynchronousSearch(Search):
             version = self.searcher.policy.version
             self.ledger.publish(version)
             self._runtime.publish(version)
-            for place in range(self.settings.processes):
+            for place in range(self.settings.searchers):
                 self._join(place)
         self._issue()
 
@@ -264,7 +264,7 @@ class AsynchronousSearch(Search):
             self._learning = _MEMORY * self._learning + (1 - _MEMORY) * (began - self._handed_out)
             self._waiting = _MEMORY * self._waiting + (1 - _MEMORY) * (now - began)
         self._handed_out = now
-        places = self.settings.processes
+        places = self.settings.searchers
         searching = places * (self._learning + self._waiting)  # each of them delivers once in as many updates
         each = LEASES_EACH if self._learning > _WORTH_STALENESS * searching else 1
         self.ledger.ahead = min(each * places, self.settings.staleness + 1)
@@ -323,7 +323,7 @@ class AsynchronousSearch(Search):
         self.ledger.leave(ended.searcher)
         self.restarts += 1
         self._deaths_in_a_row += 1
-        if self._deaths_in_a_row >= _DEATHS_EACH * self.settings.processes:
+        if self._deaths_in_a_row >= _DEATHS_EACH * self.settings.searchers:
             raise SearchError(
                 f"search worker {place} {ended.reason}; {self._deaths_in_a_row} have ended in a row without a batch "
                 "delivered, so the run stops here"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -70,20 +72,56 @@ class Search:
 class SearchSettings:
     """Who draws and scores trajectories."""
 
-    processes: int = 0
-    """Processes that draw and score while the learner learns; 0 does it in turn with learning, in one process."""
+    runtime: Literal["inline", "virtual", "processes", "ray"] | None = None
+    """Who searches: inline, in turn with learning; virtual, searchers in turn in one thread, with old weights and
+    nothing left to the clock; processes of this machine; ray, actors of a cluster. Processes if not given and there
+    are searchers."""
+    searchers: int = 0
+    """How many search side by side; 0 for inline search."""
+    lag: int = 0
+    """Updates by which the weights of virtual searchers are old."""
     staleness: int = 20
     """Updates by which the policy that drew a fresh batch may be behind; an older batch only goes to the replay."""
     timeout: float = 600.0
-    """Seconds that a process may take over one batch before it is ended and another takes its place."""
+    """Seconds that a searcher may take over one batch before it is ended and another takes its place."""
+    address: str = ""
+    """Of an existing Ray cluster, such as auto or ray://head:10001; a local one is started if not given."""
+    cpus: float = 1.0
+    """Cores of a Ray searcher."""
+    gpus: float = 0.0
+    """GPUs of a Ray searcher."""
+    resources: tuple[str, ...] = ()
+    """Further resources of a Ray searcher, each as name=amount."""
 
     def __post_init__(self) -> None:
-        if self.processes < 0:
-            raise ValueError(f"processes = {self.processes}: must not be negative")
-        if self.staleness < max(self.processes - 1, 0):
+        for name in ("searchers", "lag", "staleness", "cpus", "gpus"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} = {getattr(self, name)}: must not be negative")
+        if self.runtime in ("virtual", "processes", "ray") and not self.searchers:
+            raise ValueError(f"searchers = 0: runtime = {self.runtime!r} needs at least 1")
+        if self.runtime == "inline" and self.searchers:
+            raise ValueError(f"searchers = {self.searchers}: inline search has none; runtime virtual, processes or ray")
+        if self.lag and self.runtime != "virtual":
+            raise ValueError(f"lag = {self.lag}: only for runtime = 'virtual'; elsewhere the clock decides")
+        if self.staleness < self.searchers - 1 and self.runtime != "virtual":
             raise ValueError(
-                f"staleness = {self.staleness}: {self.processes} processes work side by side only if it is at least "
-                f"{self.processes - 1}"
+                f"staleness = {self.staleness}: {self.searchers} searchers work side by side only if it is at least "
+                f"{self.searchers - 1}"
             )
         if not self.timeout > 0:
             raise ValueError(f"timeout = {self.timeout}: must be above 0 seconds")
+        if (self.address or self.gpus or self.resources) and self.runtime != "ray":
+            raise ValueError("address, gpus, resources: only for runtime = 'ray'")
+        _ = self.custom_resources
+
+    @property
+    def custom_resources(self) -> dict[str, float]:
+        """Ray's custom resources by name. Raises ValueError for one that is not name=amount."""
+        found = {}
+        for text in self.resources:
+            name, _, amount = text.partition("=")
+            try:
+                found[name] = float(amount)
+            except ValueError:
+                raise ValueError(f"resources: {text!r} must be name=amount, such as accelerator=1") from None
+        return found

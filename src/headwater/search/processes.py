@@ -41,9 +41,9 @@ _GRACE = 0.5  # seconds that workers have to end by themselves
 def process_search(
     settings: SearchSettings, searcher: Searcher, replay: Replay | None, generator: torch.Generator
 ) -> AsynchronousSearch:
-    """Asynchronous search in `settings.processes` processes. Raises ValueError where there is no fork."""
+    """Asynchronous search in `settings.searchers` processes. Raises ValueError where there is no fork."""
     if not hasattr(os, "fork"):
-        raise ValueError(f"processes = {settings.processes}: this system cannot fork; 0 searches inline")
+        raise ValueError(f"searchers = {settings.searchers}: this system cannot fork; 0 searches inline")
     return AsynchronousSearch(searcher, replay, generator, settings, lambda: Processes(searcher))
 
 
@@ -79,7 +79,7 @@ class Processes:
     """The `Runtime` of worker processes."""
 
     def __init__(self, searcher: Searcher) -> None:
-        self._parameters = dict(searcher.drawing.state_dict())
+        self._parameters = searcher.drawing.published()
         if searcher.device.type != "cpu":
             searcher = _on_cpu(searcher)
         self._searcher = searcher

@@ -43,7 +43,7 @@ def live(searcher: Searcher, weights: SharedWeights, connection: socket.socket, 
 
 
 def _search(searcher: Searcher, weights: SharedWeights, connection: socket.socket) -> None:
-    parameters, generator, sequence = dict(searcher.drawing.state_dict()), torch.Generator(), 0
+    parameters, generator, sequence = searcher.drawing.published(), torch.Generator(), 0
     known, ready, table = searcher.calls, time.monotonic(), _table(searcher)
     while (received := frames.receive(connection)) is not None:
         lease, _ = received

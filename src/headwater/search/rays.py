@@ -1,0 +1,170 @@
+"""Searchers as actors on a Ray cluster: many machines, or this one. Weights go out once a version, trajectories come
+back as safetensors.
+
+An actor that dies, or whose machine leaves the cluster, is replaced by a new one wherever there is room; what it was to
+draw is drawn by another.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from headwater.policies.base import Exploration
+from headwater.replay import Replay
+from headwater.reward import RewardError
+from headwater.search.asynchronous import AsynchronousSearch, Delivery, Ended, Event, Raised
+from headwater.search.base import SearchError, SearchSettings
+from headwater.search.ledger import Lease
+from headwater.search.searcher import Calls, Drawn, Searcher
+from headwater.trajectories import Trajectories
+
+try:
+    import ray
+    from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+except ImportError as error:
+    raise ImportError("search.runtime = 'ray': needs the extra ray: pip install headwater[ray]") from error
+
+
+def ray_search(
+    settings: SearchSettings, searcher: Searcher, replay: Replay | None, generator: torch.Generator
+) -> AsynchronousSearch:
+    """Asynchronous search by actors of a cluster."""
+    return AsynchronousSearch(searcher, replay, generator, settings, lambda: Actors(searcher, settings))
+
+
+class Member:
+    """What lives in an actor: a searcher, with the newest weights that it was given."""
+
+    def __init__(self, searcher: Searcher, seed: int) -> None:
+        torch.set_num_threads(1)
+        torch.manual_seed(seed)
+        self.searcher, self.sequence, self.ready = searcher, 0, time.monotonic()
+        self.known = searcher.calls
+
+    def search(
+        self, lease: int, count: int, exploration: tuple[float, float], seed: int, version: int, weights: bytes
+    ) -> tuple[dict[str, Any], bytes]:
+        """Draw and score one batch."""
+        began, searcher = time.monotonic(), self.searcher
+        if version != searcher.policy.version:
+            new = load(weights)
+            with torch.no_grad():
+                for name, tensor in searcher.drawing.published().items():
+                    tensor.copy_(new[name])
+            searcher.policy.version = version
+        try:
+            drawn = searcher.collect(count, Exploration(*exploration), torch.Generator().manual_seed(seed))
+        except Exception as error:
+            return {"raised": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}, b""
+        calls, known, now = searcher.calls, self.known, time.monotonic()
+        new_calls = None if calls is None or known is None else calls - known
+        header = {
+            "sequence": self.sequence, "lease": lease, "version": version, "drawn": drawn.drawn,
+            "failed": drawn.failed, "idle": began - self.ready, "busy": now - began,
+            "calls": None if new_calls is None else (new_calls.requested, new_calls.evaluated),
+        }  # fmt: skip
+        self.known, self.sequence, self.ready = calls, self.sequence + 1, now
+        return header, _packed(drawn.trajectories.tensors())
+
+
+class Actors:
+    """The `Runtime` of Ray actors."""
+
+    def __init__(self, searcher: Searcher, settings: SearchSettings) -> None:
+        self._owns_cluster = not ray.is_initialized()
+        if self._owns_cluster:
+            here = None if settings.address else max(round(settings.searchers * settings.cpus), 1)
+            ray.init(
+                address=settings.address or "local", num_cpus=here, include_dashboard=False, log_to_driver=False,
+                logging_level=logging.WARNING,
+            )  # fmt: skip
+        self._drawing = searcher.drawing
+        self._member = ray.put(searcher)
+        self._make = ray.remote(Member).options(
+            max_restarts=0, max_task_retries=0, num_cpus=settings.cpus, num_gpus=settings.gpus,
+            resources=settings.custom_resources,
+        )  # fmt: skip
+        self._actors: dict[int, Any] = {}
+        self._pending: dict[Any, int] = {}
+        self._version, self._weights = 0, ray.put(b"")
+
+    def start(self, searcher: int, place: int) -> None:
+        self._actors[searcher] = self._make.remote(self._member, torch.initial_seed() + 1 + searcher)
+
+    def lease(self, searcher: int, lease: Lease) -> None:
+        actor = self._actors.get(searcher)
+        if actor is None:
+            return
+        exploration = (lease.exploration.epsilon, lease.exploration.temperature)
+        answer = actor.search.remote(lease.number, lease.count, exploration, lease.seed, self._version, self._weights)
+        self._pending[answer] = searcher
+
+    def publish(self, version: int) -> None:
+        self._version, self._weights = version, ray.put(_packed(self._drawing.published()))
+
+    def wait(self, seconds: float) -> list[Event]:
+        if not self._pending:
+            time.sleep(min(seconds, 0.01))
+            return []
+        waiting = list(self._pending)
+        ray.wait(waiting, num_returns=1, timeout=seconds, fetch_local=True)
+        ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0, fetch_local=True)
+        events: list[Event] = []
+        for answer in ready:
+            searcher = self._pending.pop(answer, None)
+            if searcher is not None:  # not of an actor that this very loop has found dead
+                events.append(self._event(searcher, answer))
+        return events
+
+    def is_receiving(self) -> bool:
+        return False
+
+    def stop(self, searcher: int) -> None:
+        actor = self._actors.pop(searcher, None)
+        self._pending = {answer: owner for answer, owner in self._pending.items() if owner != searcher}
+        if actor is not None:
+            ray.kill(actor, no_restart=True)
+
+    def close(self) -> None:
+        for searcher in list(self._actors):
+            self.stop(searcher)
+        if self._owns_cluster:
+            ray.shutdown()
+
+    def _event(self, searcher: int, answer: Any) -> Event:
+        try:
+            header, payload = ray.get(answer, timeout=60)
+        except RayTaskError as error:  # before the searcher itself could say what went wrong
+            return Raised(searcher, SearchError(f"a search actor failed: {error}"))
+        except (RayActorError, RayError, GetTimeoutError) as error:
+            self.stop(searcher)
+            return Ended(searcher, f"ended: {str(error).strip().splitlines()[0]}")
+        if "raised" in header:
+            return Raised(searcher, _error(header["raised"], header["message"], header["traceback"]))
+        return Delivery(
+            searcher=searcher, sequence=header["sequence"], lease=header["lease"], version=header["version"],
+            drawn=Drawn(Trajectories.from_tensors(load(payload)), header["drawn"], header["failed"]),
+            calls=None if header["calls"] is None else Calls(*header["calls"]),
+            busy=header["busy"], idle=header["idle"],
+        )  # fmt: skip
+
+
+def _packed(tensors: dict[str, Tensor]) -> bytes:
+    return save({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()})
+
+
+def _error(name: str, message: str, text: str) -> Exception:
+    """The actor's error again, as it would be inline where that says enough."""
+    known = {kind.__name__: kind for kind in (RewardError, ValueError, SearchError)}
+    if name in known:
+        error = known[name](message)
+        error.add_note(f"in a search actor:\n{text}")
+        return error
+    return SearchError(f"a search actor failed: {name}: {message}\n{text}")

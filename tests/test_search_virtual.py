@@ -1,0 +1,89 @@
+"""Searchers in virtual time: their weights are as old as they are said to be, and a resumed run goes on bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from headwater.conditions import NoCondition
+from headwater.environments.hypergrid import Hypergrid, HypergridReward
+from headwater.objectives import Objective
+from headwater.policies import EnvironmentPolicy, Network
+from headwater.replay import ReplaySettings
+from headwater.search import SearchSettings
+from headwater.search.virtual import VirtualSearch
+from headwater.training import Trainer, Training
+
+
+def new_trainer(searchers: int = 3, lag: int = 4, iterations: int = 20) -> Trainer:
+    torch.manual_seed(1)
+    policy = EnvironmentPolicy(Hypergrid(2, 5), Network(width=16), "learned")
+    training = Training(iterations=iterations, batch_size=4, replayed=8, learning_rate=1e-2)
+    search = SearchSettings(runtime="virtual", searchers=searchers, lag=lag)
+    return Trainer(policy, HypergridReward(5, 0.1), NoCondition(), Objective("tb"), training,
+                   replay=ReplaySettings(500, "uniform"), seed=3, search=search)  # fmt: skip
+
+
+def test_what_is_drawn_is_drawn_with_the_weights_of_so_many_updates_ago() -> None:
+    trainer = new_trainer(lag=4)
+    weights = []
+    seen: list[tuple[int, dict[str, torch.Tensor]]] = []
+    searcher = trainer.search.searcher
+    draw = searcher.collect
+
+    def watched(*asked):  # type: ignore[no-untyped-def]
+        drawn = draw(*asked)
+        assert (drawn.trajectories.version == searcher.policy.version).all()
+        seen.append((searcher.policy.version, {k: v.clone() for k, v in searcher.policy.state_dict().items()}))
+        return drawn
+
+    searcher.collect = watched  # type: ignore[method-assign]
+    for _ in range(9):
+        weights.append({k: v.clone() for k, v in trainer.policy.state_dict().items()})
+        trainer.update()
+    assert [version for version, _ in seen] == [max(u - 4, 0) for u in range(9) for _ in range(3)]
+    for version, found in seen:
+        assert all(torch.equal(found[name], value) for name, value in weights[version].items())
+    assert trainer.policy.version == 9
+    assert trainer.search.drawn == 9 * 3 * 4
+
+
+def test_without_lag_one_virtual_searcher_is_inline_search() -> None:
+    virtual, inline = new_trainer(1, 0), new_trainer(1, 0)
+    from headwater.search import InlineSearch
+
+    inline.search = InlineSearch(inline.search.searcher, inline.replay, inline.generator)
+    for trainer in (virtual, inline):
+        for _ in range(6):
+            trainer.update()
+    for name, value in inline.policy.state_dict().items():
+        assert torch.equal(virtual.policy.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("stop", [2, 7])
+def test_a_run_that_is_resumed_goes_on_bit_for_bit(stop: int) -> None:
+    whole = new_trainer()
+    for _ in range(12):
+        whole.update()
+    first = new_trainer()
+    for _ in range(stop):
+        first.update()
+    checkpoint = first.checkpoint()
+    del first
+    second = new_trainer()
+    second.restore(checkpoint)
+    while second.iteration < 12:
+        second.update()
+    for name, value in whole.policy.state_dict().items():
+        assert torch.equal(second.policy.state_dict()[name], value)
+    assert whole.replay is not None
+    assert second.replay is not None
+    mine, theirs = whole.replay.state(), second.replay.state()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_a_run_that_searched_inline_until_now_begins_with_the_weights_of_now() -> None:
+    trainer = new_trainer()
+    trainer.search.load_state({})
+    assert isinstance(trainer.search, VirtualSearch)
+    trainer.update()

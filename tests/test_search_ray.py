@@ -25,11 +25,6 @@ from ray.cluster_utils import Cluster  # noqa: E402
 STORE = 80 * 2**20
 
 
-class Broken:
-    def __call__(self, objects: Objects, condition: torch.Tensor) -> torch.Tensor:
-        raise RewardError("the oracle is gone")
-
-
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     """A head without room for searchers, and two nodes with room for one each and one to spare."""
@@ -42,11 +37,11 @@ def cluster() -> Iterator[Cluster]:
         made.shutdown()
 
 
-def new_trainer(reward: object = None, searchers: int = 2, iterations: int = 150, **more: object) -> Trainer:
+def new_trainer(reward: object = None, searchers: int = 2, iterations: int = 100, **more: object) -> Trainer:
     torch.manual_seed(0)
     policy = EnvironmentPolicy(Hypergrid(2, 6), Network(width=64), "learned")
     training = Training(iterations=iterations, batch_size=16, replayed=16, learning_rate=1e-2)
-    search = SearchSettings(runtime="ray", searchers=searchers, timeout=60.0, **more)  # type: ignore[arg-type]
+    search = SearchSettings(runtime="ray", searchers=searchers, timeout=240.0, **more)  # type: ignore[arg-type]
     return Trainer(policy, reward or HypergridReward(6, 0.1), NoCondition(), Objective("tb"), training,  # type: ignore[arg-type]
                    replay=ReplaySettings(5000, "uniform"), seed=0, search=search)  # fmt: skip
 
@@ -75,8 +70,8 @@ def test_a_local_cluster_is_started_searched_with_and_left() -> None:
     trainer.run(progress_bar=False)
     assert not ray.is_initialized()
     exact = ExactDistribution(Hypergrid(2, 6), HypergridReward(6, 0.1))
-    assert exact.compare(trainer.policy)["total_variation"] < 0.15
-    assert len(set(applied)) == len(applied) >= 150
+    assert exact.compare(trainer.policy)["total_variation"] < 0.2
+    assert len(set(applied)) == len(applied) >= 100
     assert len({searcher for searcher, _ in applied}) == 2
     assert trainer.search.drawn == 16 * len(applied)
 
@@ -110,6 +105,10 @@ def test_a_killed_actor_and_a_lost_machine_are_replaced_and_nothing_is_applied_t
 def test_what_a_reward_raises_in_an_actor_ends_the_run_with_its_own_words(cluster: Cluster) -> None:
     cluster.add_node(num_cpus=1, object_store_memory=STORE)
     cluster.wait_for_nodes()
-    trainer = new_trainer(Broken(), searchers=1)
+
+    def broken(objects: Objects, condition: torch.Tensor) -> torch.Tensor:
+        raise RewardError("the oracle is gone")
+
+    trainer = new_trainer(broken, searchers=1)
     with pytest.raises(RewardError, match="the oracle is gone"):
         trainer.run(progress_bar=False)

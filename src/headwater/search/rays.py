@@ -145,7 +145,7 @@ class Actors:
             return Raised(searcher, SearchError(f"a search actor failed: {error}"))
         except (RayActorError, RayError, GetTimeoutError) as error:
             self.stop(searcher)
-            return Ended(searcher, f"ended: {str(error).strip().splitlines()[0]}")
+            return Ended(searcher, f"ended: {_told(error)}")
         if "raised" in header:
             return Raised(searcher, _error(header["raised"], header["message"], header["traceback"]))
         return Delivery(
@@ -158,6 +158,12 @@ class Actors:
 
 def _packed(tensors: dict[str, Tensor]) -> bytes:
     return save({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()})
+
+
+def _told(error: Exception) -> str:
+    """The first and the last line of what Ray says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ... ".join(dict.fromkeys(lines[:1] + lines[-1:])) or type(error).__name__
 
 
 def _error(name: str, message: str, text: str) -> Exception:

@@ -1,11 +1,10 @@
 """Near-optimal trees: how many of them a trained sampler draws, of how many there are.
 
-    python benchmarks/phylogeny_parsimony.py DS1.nex DS2.nex DS3.nex DS4.nex
-    python benchmarks/phylogeny_parsimony.py DS4.nex --iterations 2000
+    headwater train phylogeny --alignment DS1.nex --parsimony --gaps state --out runs/ds1
+    python benchmarks/phylogeny_parsimony.py runs/ds1 runs/ds2
 
-Parsimony with a gap as fifth state. For each alignment one sampler is trained for temperatures T from 0.25 to 4, with
-the recipe's settings, and drawn from at several: the shortest tree, distinct trees within four changes of the known
-optimum, log Z and effective sample size. Beside it:
+Each run's sampler, one for temperatures T from 0.25 to 4, is drawn from at several: the shortest tree, distinct trees
+within four changes of the known optimum, log Z and effective sample size. Beside it:
 
 - all trees that there are within four changes, as far as they hang together by prunings and regraftings
   (`near_optimal.py`), which is what a sampler can be held against. At T = 0.25 these have all but nothing of the
@@ -13,13 +12,13 @@ optimum, log Z and effective sample size. Beside it:
 - the chains alone that the sampler learns from, as many moves without a network;
 - PHYLIP's dnapars (5 orders of the taxa), where it is installed, and PAUP*'s optimum as published.
 
-Adds its rows to results/phylogeny-parsimony.json and writes the table beside it. CPU seconds are of this process.
+Adds its rows to results/phylogeny-parsimony.json and writes the table beside it. CPU seconds are of this process, those
+of training from its start and the median of twenty updates measured here.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import os
@@ -45,10 +44,12 @@ from headwater.phylogeny.posterior import trees_of  # noqa: E402
 from headwater.phylogeny.recipe import PhylogenyRecipe  # noqa: E402
 from headwater.phylogeny.reward import ParsimonyReward  # noqa: E402
 from headwater.policies import NO_EXPLORATION  # noqa: E402
+from headwater.runs import Run  # noqa: E402
+from headwater.sampler import Sampler  # noqa: E402
 from headwater.training import Trainer  # noqa: E402
 from phylogeny_known import PARSIMONY, known  # noqa: E402
 from phylogeny_parsimony_report import write_report  # noqa: E402
-from phylogeny_posterior import new_trainer  # noqa: E402
+from phylogeny_posterior import cost, new_trainer  # noqa: E402
 from phylogeny_programs import Files, execute, found  # noqa: E402
 from provenance import load, provenance  # noqa: E402
 
@@ -106,25 +107,9 @@ def chains_alone(trainer: Trainer, near: Near, iterations: int) -> Row:
     return {"within": near.counts(np.array(list(met.values()))), "cpu": time.process_time() - began}
 
 
-def trained(trainer: Trainer, label: str) -> float:
-    """CPU seconds of a whole training."""
-    began = time.process_time()
-    try:
-        while trainer.iteration < trainer.training.iterations:
-            metrics = trainer.update()
-            if metrics:
-                said = {name: round(float(metrics[name]), 3) for name in ("loss", "log_z") if name in metrics}
-                print(
-                    label, trainer.iteration, f"{time.process_time() - began:.0f} s", said, file=sys.stderr, flush=True
-                )
-    finally:
-        trainer.search.close()
-    return time.process_time() - began
-
-
-def drawn(trainer: Trainer, near: Near, count: int, seed: int) -> tuple[Row, Row]:
+def drawn(sampler: Sampler, near: Near, count: int, seed: int) -> tuple[Row, Row]:
     """What the sampler draws: the distinct trees within reach at any temperature, and figures by temperature."""
-    policy, reward = trainer.sampler, trainer.search.searcher.reward
+    policy, reward = sampler.problem.policy, sampler.problem.reward
     generator = torch.Generator().manual_seed(seed)
     began, met, rows = time.process_time(), dict[bytes, int](), {}
     for temperature in TEMPERATURES:
@@ -180,26 +165,29 @@ def dnapars(recipe: PhylogenyRecipe, near: Near, folder: Path) -> Row | None:
     return {"shortest": None if said is None else round(float(said[1])), "trees": trees, "cpu": done.cpu}
 
 
-def measured(path: Path, options: argparse.Namespace) -> Row:
-    """All figures of one alignment."""
-    recipe = PhylogenyRecipe(alignment=path, parsimony=True, gaps="state")
-    if options.iterations is not None:
-        training = dataclasses.replace(recipe.training, iterations=options.iterations)
-        recipe = dataclasses.replace(recipe, training=training)
+def measured(folder: Path, options: argparse.Namespace) -> Row:
+    """All figures of one run."""
+    run, sampler = Run.open(folder), Sampler.load(folder)
+    recipe = sampler.recipe
+    if not isinstance(recipe, PhylogenyRecipe) or not recipe.parsimony:
+        raise SystemExit(f"{folder}: not a run over trees by parsimony")
     name, _ = known(len(recipe.data.taxa), recipe.data.sites)
+    iterations = sampler.problem.policy.version
     near, exists = all_near(recipe, options.beyond, options.most)
+    start, each = cost(recipe)
     row: Row = {
-        "taxa": len(recipe.data.taxa), "sites": recipe.data.sites, "iterations": recipe.training.iterations,
-        "published": PARSIMONY.get(name), "exist": exists, "exact_log_z": near.log_z(TEMPERATURES[0]),
-        "load": load(), **provenance(["python", "benchmarks/phylogeny_parsimony.py", *map(_bare, sys.argv[1:])]),
+        "taxa": len(recipe.data.taxa), "sites": recipe.data.sites, "gaps": recipe.gaps, "iterations": iterations,
+        "training_cpu": start + each * iterations, "training_wall": run.metrics()[-1].get("seconds"),
+        "settings": {key: value for key, value in recipe.settings().items() if "/" not in str(value)},
+        "published": PARSIMONY.get(name) if recipe.gaps == "state" else None,
+        "exist": exists, "exact_log_z": near.log_z(TEMPERATURES[0]), "load": load(),
+        **provenance(["python", "benchmarks/phylogeny_parsimony.py", *map(_bare, sys.argv[1:])]),
     }  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        row["dnapars"] = dnapars(recipe, near, Path(folder))
-    row["chains"] = chains_alone(new_trainer(recipe), near, recipe.training.iterations)
-    trainer = new_trainer(recipe)
-    row["training_cpu"] = trained(trainer, name)
-    row["sampler"], row["temperatures"] = drawn(trainer, near, options.samples, options.seed)
-    return {"name": name or path.stem, **row}
+    with tempfile.TemporaryDirectory() as scratch:
+        row["dnapars"] = dnapars(recipe, near, Path(scratch)) if recipe.gaps == "state" else None
+    row["chains"] = chains_alone(new_trainer(recipe), near, iterations)
+    row["sampler"], row["temperatures"] = drawn(sampler, near, options.samples, options.seed)
+    return {"name": name or (recipe.data.source or folder).stem, **row}
 
 
 def _bare(word: str) -> str:
@@ -209,8 +197,7 @@ def _bare(word: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("alignments", type=Path, nargs="+")
-    add("--iterations", type=int, help="of training, if not the recipe's own")
+    add("runs", type=Path, nargs="+", help="run folders of: headwater train phylogeny --parsimony")
     add("--samples", type=int, default=4000, help="trees to draw at each temperature")
     add("--beyond", type=int, default=0, help="changes more that the search for all trees goes through")
     add("--most", type=int, default=100_000, help="trees that it looks at")
@@ -218,8 +205,8 @@ def main() -> None:
     add("--out", type=Path, default=HERE / "results" / "phylogeny-parsimony.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for path in options.alignments:
-        row = measured(path, options)
+    for folder in options.runs:
+        row = measured(folder, options)
         rows = json.loads(options.out.read_text()) if options.out.is_file() else {}
         rows[str(row["name"])] = row
         options.out.write_text(json.dumps(dict(sorted(rows.items())), indent=1) + "\n")

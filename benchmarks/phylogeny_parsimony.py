@@ -200,7 +200,7 @@ def main() -> None:
     add("runs", type=Path, nargs="+", help="run folders of: headwater train phylogeny --parsimony")
     add("--samples", type=int, default=4000, help="trees to draw at each temperature")
     add("--beyond", type=int, default=0, help="changes more that the search for all trees goes through")
-    add("--most", type=int, default=100_000, help="trees that it looks at")
+    add("--most", type=int, default=1_000_000, help="trees that it meets")
     add("--seed", type=int, default=1, help="of the draws")
     add("--out", type=Path, default=HERE / "results" / "phylogeny-parsimony.json")
     options = parser.parse_args()

@@ -24,7 +24,7 @@ from headwater.phylogeny.walks import rooted_table, walks_to
 @dataclass(frozen=True)
 class NearOptimal:
     """tables: int32 `[K, 2 (n-1)]`, distinct trees, shortest first. changes: int64 `[K]`, without the constant of the
-    sites. complete: whether every neighbour of these trees was looked at.
+    sites. complete: whether every neighbour of all these trees was looked at.
     """
 
     tables: Tensor
@@ -36,7 +36,7 @@ def near_optimal(leaves: NDArray[np.uint64], starts: Tensor, more: int, most: in
     """Trees within `more` changes of the shortest that are reached from `starts` `[T, 2 (n-1)]` by prunings and
     regraftings through trees within `more + beyond`: all of them, where these hang together.
 
-    leaves: `fitch.Sites.leaves`. most: trees to look at, at most; the search is then not complete.
+    leaves: `fitch.Sites.leaves`. most: the search ends, not complete, once it has met so many trees.
     """
     merges, _ = walks_to(starts, None, torch.zeros(len(starts), starts.shape[1] // 2, dtype=torch.float64))
     lengths = scores(leaves, merges.numpy())
@@ -53,13 +53,11 @@ def near_optimal(leaves: NDArray[np.uint64], starts: Tensor, more: int, most: in
                 (waiting.appendleft if length < shortest else waiting.append)(key)
 
     meet(starts.int().numpy(), lengths)
-    looked = 0
-    while waiting and looked < most:
+    while waiting and len(found) < most:
         key = waiting.popleft()
         length = found[key]
         shortest = min(shortest, length)
         if length <= shortest + more + beyond:
-            looked += 1
             meet(*neighbours(leaves, np.frombuffer(key, np.int32), shortest + more + beyond - length))
     kept = sorted((length, key) for key, length in found.items() if length <= shortest + more)
     tables = np.frombuffer(b"".join(key for _, key in kept), np.int32).reshape(len(kept), -1)

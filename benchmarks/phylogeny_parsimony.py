@@ -9,7 +9,7 @@ within four changes of the known optimum, log Z and effective sample size. Besid
 - all trees that there are within four changes, as far as they hang together by prunings and regraftings
   (`near_optimal.py`), which is what a sampler can be held against. At T = 0.25 these have all but nothing of the
   probability, so their log Z and probabilities are exact there;
-- the chains alone that the sampler learns from, as many moves without a network;
+- the chains alone that the sampler learns from, without a network, for at most 500 iterations;
 - PHYLIP's dnapars (5 orders of the taxa), where it is installed, and PAUP*'s optimum as published.
 
 Adds its rows to results/phylogeny-parsimony.json and writes the table beside it. CPU seconds are of this process, those
@@ -23,7 +23,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import tempfile
 import time
@@ -96,7 +95,7 @@ def all_near(recipe: PhylogenyRecipe, beyond: int, most: int) -> tuple[Near, Row
 
 
 def chains_alone(trainer: Trainer, near: Near, iterations: int) -> Row:
-    """Where the chains come to in as many moves as they make in training, without a network."""
+    """Where the chains come to in the moves of so many iterations, without a network."""
     chains, settings = trainer.explorer, trainer.training
     assert isinstance(chains, TreeChains)
     generator = torch.Generator().manual_seed(0)
@@ -158,7 +157,8 @@ def dnapars(recipe: PhylogenyRecipe, near: Near, folder: Path) -> Row | None:
     if program is None:
         return None
     files = Files(folder, recipe.data, trees_of(near.trees.tables[:1], None, recipe.data.taxa), limit=600.0)
-    shutil.copy(files.alignment, folder / "infile")
+    # to dnapars ? may be a gap as well, N may not
+    (folder / "infile").write_text(files.alignment.read_text().replace("?", "N"))
     done = execute([str(program)], folder, 600.0, "J\n13\n5\nY\n")
     said = re.search(r"requires a total of\s+([\d.]+)", (folder / "outfile").read_text(errors="replace"))
     trees = (folder / "outtree").read_text().count(";")
@@ -178,6 +178,8 @@ def measured(folder: Path, options: argparse.Namespace) -> Row:
     row: Row = {
         "taxa": len(recipe.data.taxa), "sites": recipe.data.sites, "gaps": recipe.gaps, "iterations": iterations,
         "training_cpu": start + each * iterations, "training_wall": run.metrics()[-1].get("seconds"),
+        "batch_size": recipe.training.batch_size, "planned": recipe.training.iterations,
+        "training": " ".join(map(_bare, run.provenance["command"])),
         "settings": {key: value for key, value in recipe.settings().items() if "/" not in str(value)},
         "published": PARSIMONY.get(name) if recipe.gaps == "state" else None,
         "exist": exists, "exact_log_z": near.log_z(TEMPERATURES[0]), "load": load(),
@@ -185,7 +187,7 @@ def measured(folder: Path, options: argparse.Namespace) -> Row:
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         row["dnapars"] = dnapars(recipe, near, Path(scratch)) if recipe.gaps == "state" else None
-    row["chains"] = chains_alone(new_trainer(recipe), near, iterations)
+    row["chains"] = chains_alone(new_trainer(recipe), near, min(iterations, 500))
     row["sampler"], row["temperatures"] = drawn(sampler, near, options.samples, options.seed)
     return {"name": name or (recipe.data.source or folder).stem, **row}
 
@@ -198,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("runs", type=Path, nargs="+", help="run folders of: headwater train phylogeny --parsimony")
-    add("--samples", type=int, default=4000, help="trees to draw at each temperature")
+    add("--samples", type=int, default=2000, help="trees to draw at each temperature")
     add("--beyond", type=int, default=0, help="changes more that the search for all trees goes through")
     add("--most", type=int, default=1_000_000, help="trees that it meets")
     add("--seed", type=int, default=1, help="of the draws")

@@ -14,8 +14,8 @@ Row = dict[str, Any]
 
 _OF_TREES = """A count in five numbers: trees within 0, 1, 2, 3 and 4 changes of the optimum. All there are: those that
 hang together by prunings and regraftings, every neighbour looked at; more may exist apart from them. Sampler: all draws
-at the temperatures below together. Chains alone: where they come to in as many moves as in training, seen as often:
-they cost seconds, and give no probabilities. CPU-seconds of one core."""
+at the temperatures below together. Chains alone: where they come to in the moves of at most 500 iterations;
+they give no probabilities. CPU-seconds of one core."""
 _OF_TEMPERATURES = """One sampler a data set serves all temperatures. Optimal: draws that have the fewest changes there
 are. Effective: sample size of the importance weights of single trajectories, as a share of the draws. Exact log Z, and
 total variation of drawn trees and of weighted ones against exact probabilities beside what as many perfect draws would
@@ -34,12 +34,13 @@ def write_report(path: Path) -> Path:
 
 
 def _commands(rows: dict[str, Row]) -> list[str]:
-    return [f"    {command}" for command in dict.fromkeys(row["command"] for row in rows.values())]
+    commands = dict.fromkeys(row[key] for key in ("training", "command") for row in rows.values())
+    return [f"    {command}" for command in commands if command]
 
 
 def _trees(rows: dict[str, Row]) -> str:
     head = ["", "taxa", "PAUP*: optimum (trees)", "dnapars: best (trees), CPU", "all there are", "CPU", "chains alone",
-            "CPU", "sampler", "CPU, training and drawing", "iterations"]  # fmt: skip
+            "CPU", "sampler", "CPU, training and drawing", "iterations x batch"]  # fmt: skip
     lines = [_line(head), "|-" * len(head) + "|"]
     for name, row in rows.items():
         published, program, exist = row["published"], row["dnapars"], row["exist"]
@@ -50,7 +51,8 @@ def _trees(rows: dict[str, Row]) -> str:
             _five(exist["within"]) + ("" if exist["complete"] else " and more"), f"{exist['cpu']:.1f} s",
             _five(row["chains"]["within"]), f"{row['chains']['cpu']:.0f} s",
             _five(row["sampler"]["within"]), f"{row['training_cpu']:,.0f} + {row['sampler']['cpu']:.0f} s",
-            f"{row['iterations']:,}",
+            f"{row['iterations']:,}" + (f" of {row['planned']:,}" if row["iterations"] < row["planned"] else "")
+            + f" x {row['batch_size']}",
         ]))  # fmt: skip
     return "\n".join(lines)
 

@@ -83,14 +83,14 @@ class Near:
         return float(np.logaddexp.reduce((self.reward.constant - self.changes) / temperature))
 
 
-def all_near(recipe: PhylogenyRecipe, beyond: int, most: int) -> tuple[Near, Row]:
+def all_near(recipe: PhylogenyRecipe, most: int) -> tuple[Near, Row]:
     """All trees within reach of the optimum that hang together."""
     reward = recipe.base_reward
     assert isinstance(reward, ParsimonyReward)
     began = time.process_time()
-    trees = near_optimal(reward.sites.leaves, climb(recipe.evidence), WITHIN, most, beyond)
+    trees = near_optimal(reward.sites.leaves, climb(recipe.evidence), WITHIN, most)
     near = Near(trees, reward)
-    row = {"optimum": near.optimum, "within": near.counts(near.changes), "complete": trees.complete, "beyond": beyond}
+    row = {"optimum": near.optimum, "within": near.counts(near.changes), "beyond": trees.beyond}
     return near, row | {"cpu": time.process_time() - began}
 
 
@@ -173,7 +173,7 @@ def measured(folder: Path, options: argparse.Namespace) -> Row:
         raise SystemExit(f"{folder}: not a run over trees by parsimony")
     name, _ = known(len(recipe.data.taxa), recipe.data.sites)
     iterations = sampler.problem.policy.version
-    near, exists = all_near(recipe, options.beyond, options.most)
+    near, exists = all_near(recipe, options.most)
     start, each = cost(recipe)
     row: Row = {
         "taxa": len(recipe.data.taxa), "sites": recipe.data.sites, "gaps": recipe.gaps, "iterations": iterations,
@@ -201,8 +201,7 @@ def main() -> None:
     add = parser.add_argument
     add("runs", type=Path, nargs="+", help="run folders of: headwater train phylogeny --parsimony")
     add("--samples", type=int, default=2000, help="trees to draw at each temperature")
-    add("--beyond", type=int, default=0, help="changes more that the search for all trees goes through")
-    add("--most", type=int, default=1_000_000, help="trees that it meets")
+    add("--most", type=int, default=50_000, help="trees that a search for all of them meets")
     add("--seed", type=int, default=1, help="of the draws")
     add("--out", type=Path, default=HERE / "results" / "phylogeny-parsimony.json")
     options = parser.parse_args()

@@ -13,9 +13,9 @@ from typing import Any
 Row = dict[str, Any]
 
 _OF_TREES = """A count in five numbers: trees within 0, 1, 2, 3 and 4 changes of the optimum. All there are: those that
-hang together by prunings and regraftings, every neighbour looked at; more may exist apart from them. Sampler: all draws
-at the temperatures below together. Chains alone: where they come to in the moves of at most 500 iterations;
-they give no probabilities. CPU-seconds of one core."""
+hang together by prunings and regraftings through trees of up to "through" changes more; others may exist. Sampler: all
+draws at the temperatures below together. Chains alone: where they come to in the moves of at most 500 iterations; they
+give no probabilities. CPU-seconds of one core."""
 _OF_TEMPERATURES = """One sampler a data set serves all temperatures. Optimal: draws that have the fewest changes there
 are. Effective: sample size of the importance weights of single trajectories, as a share of the draws. Exact log Z, and
 total variation of drawn trees and of weighted ones against exact probabilities beside what as many perfect draws would
@@ -39,8 +39,8 @@ def _commands(rows: dict[str, Row]) -> list[str]:
 
 
 def _trees(rows: dict[str, Row]) -> str:
-    head = ["", "taxa", "PAUP*: optimum (trees)", "dnapars: best (trees), CPU", "all there are", "CPU", "chains alone",
-            "CPU", "sampler", "CPU, training and drawing", "iterations x batch"]  # fmt: skip
+    head = ["", "taxa", "PAUP*: optimum (trees)", "dnapars: best (trees), CPU", "all there are", "through", "CPU",
+            "chains alone", "CPU", "sampler", "CPU, training and drawing", "iterations x batch"]  # fmt: skip
     lines = [_line(head), "|-" * len(head) + "|"]
     for name, row in rows.items():
         published, program, exist = row["published"], row["dnapars"], row["exist"]
@@ -48,7 +48,7 @@ def _trees(rows: dict[str, Row]) -> str:
             name, row["taxa"],
             "" if published is None else f"{published[0]:,}" + (f" ({published[1]})" if published[1] else ""),
             "" if program is None else f"{program['shortest']:,} ({program['trees']}), {program['cpu']:.0f} s",
-            _five(exist["within"]) + ("" if exist["complete"] else " and more"), f"{exist['cpu']:.1f} s",
+            _five(exist["within"]), exist["beyond"], f"{exist['cpu']:.1f} s",
             _five(row["chains"]["within"]), f"{row['chains']['cpu']:.0f} s",
             _five(row["sampler"]["within"]), f"{row['training_cpu']:,.0f} + {row['sampler']['cpu']:.0f} s",
             f"{row['iterations']:,}" + (f" of {row['planned']:,}" if row["iterations"] < row["planned"] else "")

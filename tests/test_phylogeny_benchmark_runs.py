@@ -35,7 +35,7 @@ def only_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def options(**values: int) -> argparse.Namespace:
-    return argparse.Namespace(**{"beyond": 0, "most": 1000, "samples": 400, "seed": 1} | values)
+    return argparse.Namespace(**{"most": 1000, "samples": 400, "seed": 1} | values)
 
 
 def test_a_run_is_held_against_all_near_optimal_trees_there_are(
@@ -44,7 +44,7 @@ def test_a_run_is_held_against_all_near_optimal_trees_there_are(
     path = fasta(tmp_path / "six.fasta", evolved(SIX, 60, 0.05, seed=3))
     run = train(tmp_path / "run", "--alignment", path, "--parsimony", "--gaps", "state", *SHORT)
     monkeypatch.setattr(phylogeny_parsimony, "found", lambda *_: None)  # as where PHYLIP is not installed
-    row = phylogeny_parsimony.measured(run.folder, options(beyond=100))
+    row = phylogeny_parsimony.measured(run.folder, options())
 
     reward = PhylogenyRecipe(alignment=path, parsimony=True, gaps="state").base_reward
     lengths = reward.changes(all_trees(6)).numpy()  # type: ignore[union-attr]
@@ -71,7 +71,7 @@ def test_a_run_is_held_against_all_near_optimal_trees_there_are(
 def test_total_variation_of_perfect_draws_is_at_its_floor(tmp_path: Path) -> None:
     path = fasta(tmp_path / "six.fasta", evolved(SIX, 12, 0.05, seed=3))
     recipe = PhylogenyRecipe(alignment=path, parsimony=True, constant=0.0)
-    near, row = phylogeny_parsimony.all_near(recipe, beyond=100, most=1000)
+    near, row = phylogeny_parsimony.all_near(recipe, most=1000)
     probability = torch.tensor(np.exp(-near.changes / 4.0 - near.log_z(4.0)))
     assert float(probability.sum()) == pytest.approx(1)
     count = 4000
@@ -80,7 +80,7 @@ def test_total_variation_of_perfect_draws_is_at_its_floor(tmp_path: Path) -> Non
     assert apart["drawn"] == apart["weighted"] == pytest.approx(apart["floor"], rel=0.3)
     weights = probability[torch.arange(len(probability))]  # each tree once, weighted with what it is worth
     assert phylogeny_parsimony.distance(near, near.trees.tables, weights, 4.0)["weighted"] == pytest.approx(0, abs=1e-9)
-    assert row["complete"]
+    assert row["beyond"] == 8
     assert near.met(near.trees.tables[:3]) == {
         table.numpy().tobytes(): int(length) for table, length in zip(near.trees.tables[:3], near.changes, strict=False)
     }

@@ -20,24 +20,38 @@ from headwater.native import kept_njit
 from headwater.phylogeny.fitch import compare, merge, scores
 from headwater.phylogeny.walks import rooted_table, walks_to
 
+_BEYOND = (0, 2, 4, 8)  # DS2's trees within 4 changes of the best hang together through trees 8 changes further off
+
 
 @dataclass(frozen=True)
 class NearOptimal:
     """tables: int32 `[K, 2 (n-1)]`, distinct trees, shortest first. changes: int64 `[K]`, without the constant of the
-    sites. complete: whether every neighbour of all these trees was looked at.
+    sites. beyond: these are all trees that are reached through trees of so many changes more than asked for; -1 where
+    the search ended before it had looked at all neighbours even of these.
     """
 
     tables: Tensor
     changes: Tensor
-    complete: bool
+    beyond: int
 
 
-def near_optimal(leaves: NDArray[np.uint64], starts: Tensor, more: int, most: int, beyond: int = 0) -> NearOptimal:
-    """Trees within `more` changes of the shortest that are reached from `starts` `[T, 2 (n-1)]` by prunings and
-    regraftings through trees within `more + beyond`: all of them, where these hang together.
+def near_optimal(leaves: NDArray[np.uint64], starts: Tensor, more: int, most: int) -> NearOptimal:
+    """Trees within `more` changes of the shortest that prunings and regraftings lead to from `starts` `[T, 2 (n-1)]`,
+    on ways through trees that have up to 0, 2, 4, at last 8 changes more than that, as far as they can be searched.
 
-    leaves: `fitch.Sites.leaves`. most: the search ends, not complete, once it has met so many trees.
+    leaves: `fitch.Sites.leaves`. most: a search ends once it has met so many trees.
     """
+    reached = -1
+    for beyond in _BEYOND:
+        found = _search(leaves, starts, more, most, beyond)
+        starts = found.tables
+        if found.beyond < 0:
+            return found if reached < 0 else _search(leaves, starts, more, most, reached)
+        reached = beyond
+    return found
+
+
+def _search(leaves: NDArray[np.uint64], starts: Tensor, more: int, most: int, beyond: int) -> NearOptimal:
     merges, _ = walks_to(starts, None, torch.zeros(len(starts), starts.shape[1] // 2, dtype=torch.float64))
     lengths = scores(leaves, merges.numpy())
     shortest = int(lengths.min())
@@ -61,7 +75,8 @@ def near_optimal(leaves: NDArray[np.uint64], starts: Tensor, more: int, most: in
             meet(*neighbours(leaves, np.frombuffer(key, np.int32), shortest + more + beyond - length))
     kept = sorted((length, key) for key, length in found.items() if length <= shortest + more)
     tables = np.frombuffer(b"".join(key for _, key in kept), np.int32).reshape(len(kept), -1)
-    return NearOptimal(torch.tensor(tables), torch.tensor([length for length, _ in kept]), not waiting)
+    changes = torch.tensor([length for length, _ in kept])
+    return NearOptimal(torch.tensor(tables), changes, -1 if waiting else beyond)
 
 
 def neighbours(

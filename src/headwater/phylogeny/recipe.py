@@ -279,7 +279,7 @@ class PhylogenyRecipe(Recipe):
             for more in range(_NEAR + 1):
                 figures[f"distinct_trees_within_{more}"] = float((changes <= fewest + more).sum())
                 figures[f"trees_there_are_within_{more}"] = float((there <= fewest + more).sum())
-            figures["trees_there_are_is_complete"] = float(near.complete)
+            figures["trees_there_are_reached_beyond"] = float(near.beyond)
         if (comparison := self.comparison(found)) is not None:
             figures |= {
                 "split_deviation": comparison.split_deviation,

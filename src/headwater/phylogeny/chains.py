@@ -35,7 +35,7 @@ class ChainSettings:
     """Share of the fresh trajectories that come from the chains; 0 for none."""
     pool: int = 256
     """Chains, each started from a neighbour-joining tree of resampled sites."""
-    moves: int = 8
+    moves: int = 32
     """Moves that a chain makes before its tree is learned from again."""
     warm_up: int = 500
     """Moves that every chain makes before the first iteration."""

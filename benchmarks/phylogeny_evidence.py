@@ -58,6 +58,7 @@ def measured(folder: Path, samples: int, seed: int) -> Row:
         "name": name or folder.name, "taxa": len(recipe.data.taxa), "sites": recipe.data.sites, "known": values,
         "iterations": iterations, "trajectories": last.get("trajectories"), "training_wall": last.get("seconds"),
         "training_cpu": start + each * iterations, "drawing_cpu": time.process_time() - began,
+        "training": " ".join(Path(word).name if "/" in word else word for word in run.provenance["command"]),
         "guess": recipe.guess.log_marginal, **asdict(evidence), "load": load(),
         "settings": {key: value for key, value in recipe.settings().items() if "/" not in str(value)},
         **provenance(["python", "benchmarks/phylogeny_evidence.py", *(Path(word).name if "/" in word else word
@@ -85,7 +86,8 @@ def page(rows: dict[str, Row]) -> str:
         f"ours at {row['commit'][:10]}; {row['training_wall']:,.0f} s of training by the clock."
         for name, row in rows.items()
     ]
-    commands = [f"    {command}" for command in dict.fromkeys(row["command"] for row in rows.values())]
+    typed = dict.fromkeys(row[key] for key in ("training", "command") for row in rows.values())
+    commands = [f"    {command}" for command in typed if command]
     parts = ["# Phylogeny: log marginal likelihoods after short trainings", *commands, "\n".join(lines)]
     return "\n\n".join([*parts, textwrap.fill(_SAID, 120, break_on_hyphens=False), "\n".join(machines)]) + "\n"
 

@@ -46,6 +46,14 @@ KNOWN = {
     "DS5_n6_s150": Known(6, 150, {"exact": (-594.260, 0.0035)}),
 }
 
+PARSIMONY = {
+    "DS1": (4026, 1), "DS2": (6223, 1), "DS3": (6659, 2), "DS4": (2424, 4), "DS5": (1491, 2), "DS6": (879, 12),
+    "DS7": (7150, None), "DS8": (1461, 21),
+}  # fmt: skip
+"""Fewest changes, a gap being a fifth state and ? any base, and how many trees were found to have so few: by PAUP*'s
+heuristic search, whose tree files are in the supplement of PhyloGFN (Zhou et al. 2024); of DS7, by dnapars.
+"""
+
 
 def known(taxa: int, sites: int) -> tuple[str, dict[str, tuple[float, float]]]:
     """The data set of this size and its values; an empty name if it is none of them."""

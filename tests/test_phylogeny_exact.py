@@ -73,6 +73,10 @@ def test_parsimony_at_temperature_4_is_the_distribution_over_all_105_trees_of_si
     assert found["log_z_gap"] < 0.02
     assert found["samples_log_z"] == pytest.approx(log_z, abs=0.04)
     assert found["fewest_changes"] == scores.min()
+    for more in range(5):
+        there_are = (scores <= scores.min() + more).sum()
+        assert found[f"distinct_trees_within_{more}"] <= found[f"trees_there_are_within_{more}"] == there_are
+    assert found["trees_there_are_reached_beyond"] >= 0
 
 
 @needs_data

@@ -35,7 +35,7 @@ class ChainSettings:
     """Share of the fresh trajectories that come from the chains; 0 for none."""
     pool: int = 256
     """Chains, each started from a neighbour-joining tree of resampled sites."""
-    moves: int = 8
+    moves: int = 32
     """Moves that a chain makes before its tree is learned from again."""
     warm_up: int = 500
     """Moves that every chain makes before the first iteration."""
@@ -89,9 +89,10 @@ class TreeChains(Explorer):
     def sample(self, condition: Tensor, exploration: Exploration, generator: torch.Generator) -> Trajectories:
         """The trajectories of chains have the chains' own conditions; their `log_behaviour` is that of the walk."""
         count = round(self.settings.share * len(condition))
-        if count and not int(self.own.turn):
-            self._start(generator)
-        drawn = [self._advance(count, generator)] if count else []
+        drawn = []
+        if count:
+            walked = self.trees.sample_to(*self.advance(count, generator), generator)
+            drawn.append(replace(walked, version=torch.full_like(walked.version, self.version)))
         if count < len(condition):
             drawn.append(self.student.sample(condition[count:], exploration, generator))
         return Trajectories.concatenate(drawn)
@@ -102,17 +103,18 @@ class TreeChains(Explorer):
         """Nothing is learned beside the student."""
         return log_probs.log_z.new_zeros(())
 
-    def _advance(self, count: int, generator: torch.Generator) -> Trajectories:
-        """Move the next chains on, and walk back from where they come to."""
+    def advance(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Move the next `count` chains on: the objects that they come to, and their conditions."""
         pool = self.own
+        if not int(pool.turn):
+            self._start(generator)
         chosen = (int(pool.turn) + torch.arange(count)) % len(pool.table)
         pool.turn += count
         self._exchange(chosen, generator)
         for _ in range(self.settings.moves):
             self._move(chosen, generator)
         objects = self.trees.assembled(pool.table[chosen], pool.above[chosen], pool.coordinates[chosen])
-        walked = self.trees.sample_to(objects, pool.condition[chosen], generator)
-        return replace(walked, version=torch.full_like(walked.version, self.version))
+        return objects, pool.condition[chosen]
 
     def _move(self, chosen: Tensor, generator: torch.Generator) -> None:
         """One Metropolis-Hastings move of each chain that is `chosen`, `[K]`."""

@@ -123,7 +123,7 @@ def _scores(leaves, merges):  # type: ignore[no-untyped-def]
     for t in range(len(merges)):
         count = 0
         for k in range(n - 1):
-            count += _merge(nodes, merges[t, k, 0] * size, nodes, merges[t, k, 1] * size, nodes, (n + k) * size,
+            count += merge(nodes, merges[t, k, 0] * size, nodes, merges[t, k, 1] * size, nodes, (n + k) * size,
                             planes, words)  # fmt: skip
         changes[t] = count
     return changes
@@ -139,7 +139,7 @@ def _join(leaves, tables, left, right, step):  # type: ignore[no-untyped-def]
         nodes = tables[t].reshape(-1)
         x, i = (tips, left[t]) if left[t] < n else (nodes, left[t] - n)
         y, j = (tips, right[t]) if right[t] < n else (nodes, right[t] - n)
-        changes[t] = _merge(x, i * size, y, j * size, nodes, step * size, planes, words)
+        changes[t] = merge(x, i * size, y, j * size, nodes, step * size, planes, words)
     return changes
 
 
@@ -154,13 +154,13 @@ def _pair_costs(leaves, tables, node, others, out_changes, out_comparable):  # t
         for k in range(others.shape[1]):
             other = others[t, k]
             y, j = (tips, other) if other < n else (nodes, other - n)
-            changes, comparable = _compare(x, i * size, y, j * size, planes, words)
+            changes, comparable = compare(x, i * size, y, j * size, planes, words)
             out_changes[t, k] = changes
             out_comparable[t, k] = comparable
 
 
 @kept_njit()
-def _merge(x, i, y, j, out, o, planes, words):  # type: ignore[no-untyped-def]
+def merge(x, i, y, j, out, o, planes, words):  # type: ignore[no-untyped-def]
     """Write the joined set of two nodes, and count the sites where they share no state."""
     count = none()
     for w in range(0, words, WORDS):
@@ -182,7 +182,7 @@ def _merge(x, i, y, j, out, o, planes, words):  # type: ignore[no-untyped-def]
 
 
 @kept_njit()
-def _compare(x, i, y, j, planes, words):  # type: ignore[no-untyped-def]
+def compare(x, i, y, j, planes, words):  # type: ignore[no-untyped-def]
     """Sites where two nodes share no state, and where neither has all of the first four."""
     changes, comparable = none(), none()
     for w in range(0, words, WORDS):

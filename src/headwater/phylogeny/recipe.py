@@ -25,6 +25,7 @@ from headwater.phylogeny.chains import ChainSettings, TreeChains
 from headwater.phylogeny.data import Alignment, Patterns, primates, read_alignment
 from headwater.phylogeny.evidence import Evidence, LikelihoodEvidence, ParsimonyEvidence
 from headwater.phylogeny.guesses import Guess, climb, guess
+from headwater.phylogeny.near_optimal import near_optimal
 from headwater.phylogeny.network import ForestNetwork
 from headwater.phylogeny.parameters import ParameterDensity
 from headwater.phylogeny.policy import TreeBackward, TreePolicy
@@ -51,6 +52,7 @@ from headwater.training import ExplorationSettings, Training
 
 _OBJECTIVES = ("tb", "vargrad", "db", "subtb")
 _MOST_ENUMERATED = 7  # taxa: 17,557 forests
+_NEAR, _MOST_NEAR = 4, 20_000  # changes from the optimum that are nearly optimal; trees that a search for them meets
 
 
 @dataclass(frozen=True)
@@ -268,10 +270,16 @@ class PhylogenyRecipe(Recipe):
             "simpson_index": table.simpson,
         }
         if isinstance(self.base_reward, ParsimonyReward):
-            changes = self.base_reward.changes(self._objects(table.trees))
-            figures["fewest_changes"] = float(changes.min())
-            for more in range(5):
-                figures[f"distinct_trees_within_{more}"] = float((changes <= changes.min() + more).sum())
+            tables = self._objects(table.trees)
+            changes = self.base_reward.changes(tables)
+            figures["fewest_changes"] = fewest = float(changes.min())
+            best = tables[changes <= fewest + _NEAR]
+            near = near_optimal(self.base_reward.sites.leaves, best, _NEAR, _MOST_NEAR)
+            there = near.changes + self.base_reward.sites.constant
+            for more in range(_NEAR + 1):
+                figures[f"distinct_trees_within_{more}"] = float((changes <= fewest + more).sum())
+                figures[f"trees_there_are_within_{more}"] = float((there <= fewest + more).sum())
+            figures["trees_there_are_reached_beyond"] = float(near.beyond)
         if (comparison := self.comparison(found)) is not None:
             figures |= {
                 "split_deviation": comparison.split_deviation,

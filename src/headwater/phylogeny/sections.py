@@ -106,7 +106,8 @@ def honesty_section(parsimony: bool, chains: float) -> Section:
         else "It learned from its own draws alone."
     )
     whole = (
-        "A near-optimal tree that no draw shows may exist: the counts are of what was found."
+        "A near-optimal tree that no draw shows may exist: trees_there_are in evaluation.json counts those that "
+        "prunings and regraftings lead to from the best draws."
         if parsimony
         else "A region of tree space that neither the sampler nor the chains have met is missing from the weights too, "
         "so the marginal likelihood is then too low, and its interval does not show that. A posterior with modes far "

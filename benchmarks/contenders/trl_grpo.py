@@ -135,9 +135,10 @@ def trainer_of(task: LanguageTask, folder: str) -> TimedTrainer:
         "max_completion_length": task.max_new_tokens, "temperature": task.temperature, "beta": task.beta,
         "epsilon": task.clip, "num_iterations": task.iterations, "learning_rate": task.learning_rate,
         "max_steps": task.steps, "lr_scheduler_type": "constant", "max_grad_norm": 1.0, "seed": task.seed,
-        "bf16": False, "fp16": False, "use_cpu": True, "gradient_checkpointing": False, "shuffle_dataset": not task.turns,
-        "report_to": "none", "logging_strategy": "no", "save_strategy": "no", "eval_strategy": "no",
-        "disable_tqdm": True, "dataloader_pin_memory": False, "optim": "adamw_torch_fused",
+        "bf16": False, "fp16": False, "use_cpu": True, "gradient_checkpointing": False,
+        "shuffle_dataset": not task.turns, "report_to": "none", "logging_strategy": "no", "save_strategy": "no",
+        "eval_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False,
+        "optim": "adamw_torch_fused",
     }  # fmt: skip
     arguments = GRPOConfig(output_dir=folder, **settings | task.settings)
     rows = read_rows(task.train, task.template)

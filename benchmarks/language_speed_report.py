@@ -39,11 +39,11 @@ def _head(results: Row, path: Path) -> str:
         f"{results['max_new_tokens']} new tokens, temperature 1, float32, from the same weights, which stand still. "
         f"Median of {results['rounds']} rounds (lowest to highest); in a round each has a turn of "
         f"{results['iterations']} iteration{'s' * (results['iterations'] > 1)} on the same cores, and a ratio is taken "
-        "within the round: above 1 where ours is faster. TRL's trainer runs its own loop, without logging, checkpoints, recomputed activations or "
-        "half precision, with the reference model that our objective needs too. Sampling is the generation of tokens "
-        "alone; a learner step is forward, backward and optimizer; an iteration adds the reference's "
-        "log-probabilities and the reward. Seconds are of wall-clock time; the ratio stands for CPU time too, which "
-        "what else runs on the machine disturbs less."
+        "within the round: above 1 where ours is faster. TRL's trainer runs its own loop, without logging, "
+        "checkpoints, recomputed activations or half precision, with the reference model that our objective needs "
+        "too. Sampling is the generation of tokens alone; a learner step is forward, backward and optimizer; an "
+        "iteration adds the reference's log-probabilities and the reward. Seconds are of wall-clock time; the ratio "
+        "stands for CPU time too, which what else runs on the machine disturbs less."
     )
     command = "    " + facts["command"]
     return "\n\n".join(["# Language models: sampling and learning beside TRL", command, _filled(where), _filled(how)])

@@ -14,6 +14,7 @@ from statistics import median
 from types import TracebackType
 from typing import Any
 
+from contenders.language import LanguageTask
 from contenders.protocol import Task
 
 OURS = "headwater"
@@ -33,7 +34,7 @@ class Runtime:
 class Worker:
     """A contender's process, bound to the first `threads` cores. Leaving the `with` block ends it."""
 
-    def __init__(self, runtime: Runtime, task: Task, threads: int, folder: Path) -> None:
+    def __init__(self, runtime: Runtime, task: Task | LanguageTask, threads: int, folder: Path) -> None:
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
         environment = os.environ | dict.fromkeys(names, str(threads))
         if runtime.checkout is not None:

@@ -13,10 +13,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Peer:
-    """A library to compare with: its public repository, the commit that was measured, and what it needs."""
+    """A library to compare with: its public repository and the commit that was measured, or, where there is no address,
+    the version that is published as a package; and what it needs."""
 
     name: str
-    address: str
+    address: str | None
     commit: str
     packages: tuple[str, ...]
     is_package: bool = True
@@ -52,12 +53,13 @@ PEERS = {
         ),
         is_package=False,
     ),
+    "trl": Peer("trl", None, "1.16.0", ("torch==2.13.0", "trl==1.16.0", "transformers==5.24.0")),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Installed:
-    """A peer that is ready to run: the Python that has it, and its checkout."""
+    """A peer that is ready to run: the Python that has it, and its checkout (its environment, for a published one)."""
 
     python: Path
     checkout: Path
@@ -65,26 +67,34 @@ class Installed:
 
 
 def install(name: str, folder: Path, checkout: Path | None = None) -> Installed:
-    """Clone `name` (unless a checkout is given) and build its virtual environment, both in `folder`; what is there
-    already is kept. Raises CalledProcessError if git or pip fails.
+    """Clone `name` (unless a checkout is given, or it is a published package) and build its virtual environment, both
+    in `folder`; what is there already is kept. Raises CalledProcessError if git or pip fails.
     """
     peer = PEERS[name]
     folder.mkdir(parents=True, exist_ok=True)
+    if peer.address is None:
+        home = folder / f"venv-{name}"
+        return Installed(_environment(peer, home), home.resolve(), peer.commit)
     if checkout is None:
         checkout = folder / name
         if not checkout.exists():
             subprocess.run(["git", "clone", "--quiet", peer.address, str(checkout)], check=True)
             subprocess.run(["git", "-C", str(checkout), "checkout", "--quiet", peer.commit], check=True)
-    home = folder / f"venv-{name}"
+    python = _environment(peer, folder / f"venv-{name}", checkout)
+    return Installed(python, checkout.resolve(), _commit(checkout))
+
+
+def _environment(peer: Peer, home: Path, checkout: Path | None = None) -> Path:
+    """The Python of the peer's virtual environment in `home`, made if there is none."""
     python = home / "bin" / "python"
     if not python.exists():
-        print(f"building an environment for {name} in {home}", file=sys.stderr)
+        print(f"building an environment for {peer.name} in {home}", file=sys.stderr)
         venv.create(home, with_pip=True)
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, *peer.packages], check=True)
-        if peer.is_package:
+        if peer.is_package and checkout is not None:
             subprocess.run([*pip, "--no-deps", "--no-build-isolation", str(checkout)], check=True)
-    return Installed(python, checkout.resolve(), _commit(checkout))
+    return python
 
 
 def _commit(checkout: Path) -> str:

@@ -68,15 +68,21 @@ class Contender:
 
 
 def prepare() -> tuple[Task, TextIO]:
-    """The task from the command line, and where to answer. To be called before any library is imported: it binds the
-    process to its cores, and sends whatever libraries print to stderr.
+    """The task from the command line, and where to answer; see `begin`."""
+    task, answers = begin()
+    return Task(**task), answers
+
+
+def begin() -> tuple[dict[str, Any], TextIO]:
+    """The fields of the task from the command line, and where to answer. To be called before any library is imported:
+    it binds the process to its cores, and sends whatever libraries print to stderr.
     """
     request = json.loads(sys.argv[1])
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, request["cores"])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    return Task(**request["task"]), answers
+    return request["task"], answers
 
 
 def serve(contender: Contender, answers: TextIO, started: float) -> None:

@@ -94,7 +94,7 @@ class Stratified:
     """A `share` of the draw from the entries at or above the `quantile` of reward, the rest from those below.
 
     Where ties leave nothing below, the top is what lies strictly above; where all rewards are equal, the draw is
-    uniform. The number drawn from the top is `share * count`, rounded up or down at random so that it is exact on
+    uniform. Within a stratum no entry comes twice before all have come. The number drawn from the top is `share * count`, rounded up or down at random so that it is exact on
     average (Shen et al. 2023).
     """
 
@@ -114,7 +114,7 @@ class Stratified:
         wanted = int(self.share * count + torch.rand((), generator=generator, dtype=torch.float64))
         from_top = min(wanted, count) if top else 0
         drawn = [
-            first + torch.randint(end - first, (number,), generator=generator)
+            first + _different(end - first, number, generator)
             for first, end, number in ((0, top, from_top), (top, n, count - from_top))
             if number
         ]
@@ -195,7 +195,7 @@ class PerCondition:
     def _different(self, entries: Entries, generator: Generator) -> Tensor:
         """`per_condition` entries by the rule; what it draws again is replaced by one that was not drawn, uniformly."""
         drawn = self.rule.draw(self.per_condition, entries, generator)
-        if self.per_condition == 1:
+        if self.per_condition == 1 or isinstance(self.rule, Stratified):  # which keeps its share above all
             return drawn
         again = torch.ones_like(drawn, dtype=torch.bool)
         again[_first_places(drawn)] = False
@@ -214,6 +214,14 @@ def _spread(groups: Tensor, number: int, generator: Generator) -> list[int]:
     rounds = -(-number // len(groups)) if number else 0
     drawn = [groups[torch.randperm(len(groups), generator=generator)] for _ in range(rounds)]
     return torch.cat(drawn)[:number].tolist() if drawn else []
+
+
+def _different(n: int, number: int, generator: Generator) -> Tensor:
+    """`number` of n, none twice before all have come; from far more than are wanted, simply at random."""
+    if n > 100 * number:
+        return torch.randint(n, (number,), generator=generator)
+    rounds = -(-number // n)
+    return torch.cat([torch.randperm(n, generator=generator) for _ in range(rounds)])[:number]
 
 
 def _first_places(values: Tensor) -> Tensor:

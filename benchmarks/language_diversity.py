@@ -35,7 +35,7 @@ from headwater.search import SearchSettings
 from headwater.training import Sharpness, Trainer
 from language_runs import RESULTS, WORK, Arm, draw, new_trainer, plus_minus
 
-UPDATES, MODES, EACH = 400, 216, 256
+UPDATES, MODES, EACH = 1000, 216, 256
 REPLAY = ReplaySettings(capacity=20_000, rule="stratified", share=0.3, quantile=0.9, recent_probability=0.3,
                         per_condition=20)  # fmt: skip
 TASK = Arm(prompts=6, group=20, only_replayed=True, replay=REPLAY, learning_rate=1e-3, sharpness=Sharpness(0.05),
@@ -77,7 +77,7 @@ def train(arm: Arm, seed: int, updates: int, searched: int = 1) -> dict[str, obj
     """`searched`: as many groups are searched for an update as that many searchers would bring."""
     folder = palindromes_folder(seed)
     prompts = read_prompts(folder / "prompts.jsonl")
-    trainer = new_trainer(folder, prompts, [], reward, arm, updates, seed, "cosine")
+    trainer = new_trainer(folder, prompts, [], reward, arm, updates, seed)
     trainer.training = replace(trainer.training, batch_size=trainer.training.batch_size * searched)
     found: set[tuple[int, str]] = set()
     first_hit = None
@@ -158,7 +158,7 @@ def run_all(options: argparse.Namespace) -> None:
 
 def report() -> None:
     parts = [
-        f"# Many right answers, sparse rewards\n\n    python benchmarks/language_diversity.py diversity sparse staleness\n\n"
+        "# Many right answers, sparse rewards\n\n    python benchmarks/language_diversity.py diversity\n\n"
         f"{(__doc__ or '').split('report', 1)[1].strip()}\n\n{UPDATES} updates of {TASK.prompts} x {TASK.group} "
         f"completions. Mean and 95 % interval over seeds."
     ]

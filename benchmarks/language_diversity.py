@@ -8,8 +8,8 @@ searchers find, by each rule of drawing from the replay.
 
 The task: six prompts, each of which asks for a palindrome of six digits whose first half has a given sum modulo six; 36
 of the 46,656 strings are right for each, 216 in all. The model, a Llama of 0.13 million parameters, starts by writing
-all strings of six digits about equally often (1 in 1,296 is right). Everything is deterministic: searchers take turns in
-one thread.
+all strings of six digits about equally often (1 in 1,296 is right). Nothing depends on the clock: searchers take turns
+in one thread.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def _sparse(runs: list[dict]) -> str:  # type: ignore[type-arg]
 
 The learner's budget is fixed; with n searchers, n times as many completions are searched in the time of an update.
 
-| rule of the replay | searchers | seeds | update of the first hit | right answers found | success | different ones drawn |
+| rule of the replay | searchers | seeds | update of the first hit | right answers found | success | different drawn |
 |---|---|---|---|---|---|---|
 {chr(10).join(rows)}"""
 
@@ -229,8 +229,8 @@ def _staleness(runs: list[dict]) -> str:  # type: ignore[type-arg]
         lags = " | ".join(f"lag {lag}" for lag in LAGS)
         parts.append(f"beta = {beta:g}\n\n| m | {lags} |\n|---|{'---|' * len(LAGS)}\n" + "\n".join(rows))
     return (
-        "## Staleness\n\nSuccess (different right answers) when searchers have weights that are so many updates old, by "
-        "the share m of groups that are recent, for two beta. Searchers in virtual time.\n\n" + "\n\n".join(parts)
+        "## Staleness\n\nSuccess (different right answers) when searchers have weights that are so many updates old, "
+        "by the share m of groups that are recent, for two beta. Searchers in virtual time.\n\n" + "\n\n".join(parts)
     )
 
 

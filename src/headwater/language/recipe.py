@@ -121,6 +121,15 @@ class LanguageRecipe(Recipe):
             raise ValueError("training.group_size: completions of one prompt are compared, so 2 or more of them")
         if training.replayed and self.objective.name != "tb" and replay.per_condition < 2:
             raise ValueError("replay.per_condition: completions of one prompt are compared, so 2 or more of them")
+        if training.batch_size % training.group_size:
+            raise ValueError(
+                f"training.batch_size = {training.batch_size}: must be a multiple of group_size = {training.group_size}"
+            )
+        if training.replayed and replay.per_condition and training.replayed % replay.per_condition:
+            raise ValueError(
+                f"training.replayed = {training.replayed}: must be a multiple of replay.per_condition = "
+                f"{replay.per_condition}"
+            )
         if training.replay_backward:
             raise ValueError("training.replay_backward: a completion has one path, from left to right")
         if self.vllm.url and self.search.searchers > 1:

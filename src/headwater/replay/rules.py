@@ -94,8 +94,8 @@ class Stratified:
     """A `share` of the draw from the entries at or above the `quantile` of reward, the rest from those below.
 
     Where ties leave nothing below, the top is what lies strictly above; where all rewards are equal, the draw is
-    uniform. Within a stratum no entry comes twice before all have come. The number drawn from the top is `share * count`, rounded up or down at random so that it is exact on
-    average (Shen et al. 2023).
+    uniform. Within a stratum no entry comes twice before all have come. The number drawn from the top is `share *
+    count`, rounded up or down at random so that it is exact on average (Shen et al. 2023).
     """
 
     share: float = 0.5

@@ -359,9 +359,14 @@ class Trainer:
             "seconds": self.seconds,
             "failed": self.search.failed,
             **self._reward_calls(),
+            **{f"reward_failures/{kind}": count for kind, count in self._failures().items()},
             **self.search.metrics(),
             **(self.replay.summary(self.policy.version) if self.replay is not None else {}),
         }
+
+    def _failures(self) -> dict[str, int]:
+        """How often the reward failed in this process, by kind, where it says."""
+        return getattr(self.search.searcher.reward, "failures", {})
 
     def _reward_calls(self) -> dict[str, int]:
         """Objects that the reward was really asked for, and those whose reward was known already, over all resumes."""

@@ -115,7 +115,11 @@ def test_there_may_be_one_token_and_no_prompt_at_all() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "named"),
-    [({"temperature": 0.0}, "temperature = 0.0"), ({"max_new_tokens": 0}, "max_new_tokens = 0"), ({"stop": ("",)}, "stop")],
+    [
+        ({"temperature": 0.0}, "temperature = 0.0"),
+        ({"max_new_tokens": 0}, "max_new_tokens = 0"),
+        ({"stop": ("",)}, "stop"),
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, object], named: str) -> None:
     with pytest.raises(ValueError, match=named):

@@ -200,7 +200,11 @@ def test_a_run_that_is_stopped_and_resumed_ends_where_one_that_was_not_does(form
 def test_a_completion_that_was_cut_off_has_no_step_for_its_end() -> None:
     policy = build_policy(sampling=Sampling(max_new_tokens=2))
     condition = torch.zeros(3, 1)
-    written = [Generated([4, END], [0.0, 0.0], True), Generated([4, 5], [0.0, 0.0], False), Generated([4], [0.0], False)]
+    written = [
+        Generated([4, END], [0.0, 0.0], True),
+        Generated([4, 5], [0.0, 0.0], False),
+        Generated([4], [0.0], False),
+    ]
     batch = policy.trajectories(condition, written)
     assert batch.lengths.tolist() == [2, 2, 1]
     assert [text.finished for text in policy.objects(batch)] == [True, False, False]

@@ -10,9 +10,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from language_exact import Benchmark, Exact, build_policy, measure, page  # noqa: E402
+from language_exact import Benchmark, Exact, build_policy, measure, page
 
-SMALL = Benchmark(longest=3, beta=0.5, iterations=250, batch_size=64, lag=100)
+SMALL = Benchmark(longest=3, beta=0.5, iterations=400, batch_size=64, lag=100)
 
 
 @pytest.fixture(autouse=True)

@@ -73,7 +73,7 @@ def test_short_completions_have_the_exact_distribution(
     ends = [number for number in range(SIZE) if number not in (4, 6, 9)]  # so that there are few completions
     made, draws = writer(name, ends), 3000
     written = made.generate([PROMPTS[1]] * draws + [PROMPTS[0]] * 300, Sampling(1.3, 2), seed=11)[:draws]
-    space = [(end,) for end in ends] + [pair for pair in itertools.product((4, 6, 9), range(SIZE))]
+    space = [(end,) for end in ends] + list(itertools.product((4, 6, 9), range(SIZE)))
     listed = [Generated(list(tokens), [], True) for tokens in space]
     expected = recomputed(made, [PROMPTS[1]] * len(space), listed, 1.3)
     lengths = torch.tensor([len(tokens) for tokens in space])

@@ -49,9 +49,9 @@ class Benchmark:
 
     longest: int = 4
     """Letters of a string, at most."""
-    beta: float = 0.55
+    beta: float = 0.6
     """Weight of the divergence from the starting model."""
-    iterations: int = 600
+    iterations: int = 500
     """Updates of a run."""
     batch_size: int = 128
     """Completions an update."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from language_exact import Benchmark, Exact, build_policy, measure, page
 
-SMALL = Benchmark(longest=3, beta=0.5, iterations=400, batch_size=64, lag=100)
+SMALL = Benchmark(longest=3, beta=0.5, iterations=300, batch_size=64, lag=100)
 
 
 @pytest.fixture(autouse=True)
@@ -49,8 +50,9 @@ def test_balance_reaches_the_exact_distribution_whoever_wrote(objective: str, be
 
 def test_reinforce_with_the_divergence_as_drawn_reaches_it_on_policy_only() -> None:
     assert float(str(measure("rloo", "on policy", 0, SMALL)["total_variation"])) < 0.05
-    assert float(str(measure("rloo", "uniform", 0, SMALL)["total_variation"])) > 0.3
-    assert float(str(measure("reward only", "uniform", 0, SMALL)["total_variation"])) > 0.3
+    short = replace(SMALL, iterations=100)  # it is far away by then, and stays
+    assert float(str(measure("rloo", "uniform", 0, short)["total_variation"])) > 0.4
+    assert float(str(measure("reward only", "uniform", 0, short)["total_variation"])) > 0.4
 
 
 def test_the_page_has_a_row_for_every_pair() -> None:

@@ -184,8 +184,8 @@ class LanguagePolicy(Policy):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LanguagePolicy:
         """Whatever moves or casts the model does the same to a reference that is no part of a checkpoint."""
         if self._reference is not None and not self.reset_every:
-            self._reference.model._apply(fn)  # type: ignore[no-untyped-call]
-        return super()._apply(fn, recurse)
+            self._reference.model._apply(fn)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     # The reference
 

@@ -49,9 +49,9 @@ class Benchmark:
 
     longest: int = 4
     """Letters of a string, at most."""
-    beta: float = 0.4
+    beta: float = 0.6
     """Weight of the divergence from the starting model."""
-    iterations: int = 400
+    iterations: int = 500
     """Updates of a run."""
     batch_size: int = 128
     """Completions an update."""
@@ -92,7 +92,7 @@ def build_policy(seed: int, longest: int, learns_log_z: bool) -> LanguagePolicy:
         tokenizer_object=Tokenizer(WordLevel(words, unk_token="<end>")), eos_token="<end>", pad_token="<end>"
     )
     config = GPT2Config(
-        vocab_size=len(words), n_embd=32, n_layer=2, n_head=2, n_positions=8, initializer_range=0.1,
+        vocab_size=len(words), n_embd=32, n_layer=2, n_head=2, n_positions=8, initializer_range=0.05,
         eos_token_id=END, bos_token_id=None, tie_word_embeddings=False,
     )  # fmt: skip
     with torch.random.fork_rng():

@@ -126,7 +126,8 @@ class LanguagePolicy(Policy):
             backward = self.reference_log_probs(trajectories)
         log_z = forward.new_zeros(len(trajectories))
         if self.log_z_head is not None:
-            log_z = self.log_z_head(last.detach().float())[:, 0][self._prompts_of(trajectories)[1]]
+            of_prompts = self.log_z_head(last.detach().to(self.log_z_head.weight.dtype))[:, 0].float()
+            log_z = of_prompts[self._prompts_of(trajectories)[1]]
         return LogProbs(forward, backward.to(forward.device), log_z)
 
     @torch.no_grad()

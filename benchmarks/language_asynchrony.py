@@ -139,7 +139,7 @@ def _curves_part(runs: list[dict]) -> str:  # type: ignore[type-arg]
     figure = {}
     rows = []
     best = {name: [max(point[2] for point in run["points"]) for run in runs if run["arm"] == name] for name in names}
-    goal = 0.6
+    goal = 0.4
     for name in names:
         mine = [run for run in runs if run["arm"] == name]
         count = min(len(run["points"]) for run in mine)
@@ -190,8 +190,8 @@ def _latency_part(runs: list[dict]) -> str:  # type: ignore[type-arg]
     return f"""## A judge that takes its time (simulated)
 
 Seconds an update; in brackets how much faster than synchronous training, which judges all completions of a batch at
-once and has both cores, and the accuracy after {runs[0]["updates"] + 1} updates, so that speed is not bought with
-quality.
+once and has both cores, and the accuracy after {runs[0]["updates"] + 1} updates ({TEST} completions: a standard error of
+0.03). An update on stale or replayed completions teaches less than one on fresh ones, which is the price of the speed.
 
 | searchers | {header} |
 |---|{"---|" * len(base)}

@@ -206,7 +206,7 @@ def test_bad_input_is_an_error_that_says_what_is_wrong(
     filled = [str(places[flag[1:-1]]) if flag[1:-1] in places else flag for flag in more]
     with pytest.raises(SystemExit) as ended:
         main(arguments(model, tmp_path / "run", *filled))
-    error = capsys.readouterr().err
+    error = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert told in error
     assert ended.value.code == 2
     assert not (tmp_path / "run" / "settings.toml").exists()

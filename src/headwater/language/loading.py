@@ -37,6 +37,7 @@ class Lora:
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Raises ValueError where there is none."""
+    _require_folder(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -53,8 +54,7 @@ def load_model(
 
     recompute: gradient checkpointing. Raises ValueError naming what is missing or does not fit.
     """
-    if os.sep in path and not Path(path).is_dir():
-        raise ValueError(f"model = {path!r}: there is no such folder")
+    _require_folder(path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
@@ -92,6 +92,12 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         model = copy.deepcopy(model).merge_and_unload()
     model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
+
+
+def _require_folder(path: str) -> None:
+    """A name on the hub has one slash at most, inside."""
+    if (path.startswith((".", os.sep, "~")) or path.count(os.sep) > 1) and not Path(path).is_dir():
+        raise ValueError(f"model = {path!r}: there is no such folder")
 
 
 def _first_line(error: Exception) -> str:

@@ -163,9 +163,13 @@ class LanguageRecipe(Recipe):
     @cached_property
     def on(self) -> torch.device:
         """The device."""
-        if self.device != "auto":
-            return torch.device(self.device)
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            return torch.empty(0, device=self.device).device
+        except (RuntimeError, AssertionError) as error:
+            said = str(error).splitlines()[0]
+            raise ValueError(f"device = {self.device!r}: auto, cpu, or a device that is there: {said}") from error
 
     def token_ids(self) -> list[list[int]]:
         """Each prompt as the model is given it."""
@@ -177,9 +181,6 @@ class LanguageRecipe(Recipe):
         turns = [[{"role": "user", "content": text}] for text in texts]
         asked = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)
         return [list(ids) for ids in asked["input_ids"]]
-
-    def check(self) -> None:
-        _ = self.token_ids(), self.base_reward
 
     def problem(self) -> Problem:
         model = load_model(self.model, self.on, self.precision, self.lora, self.recompute)

@@ -43,7 +43,7 @@ class TinyMathRecipe(LanguageRecipe):
     """How long and how fast to learn."""
     replay: ReplaySettings = field(
         default_factory=lambda: ReplaySettings(
-            capacity=20_000, rule="stratified", recent_probability=0.75, per_condition=16, per_condition_capacity=64
+            capacity=20_000, rule="stratified", recent_probability=0.95, per_condition=16, per_condition_capacity=64
         )
     )
     """What is remembered of each problem, and how groups are drawn from it."""

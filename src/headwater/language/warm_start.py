@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -233,7 +234,8 @@ def _train_to_accuracy(
 ) -> float:
     best, until_evaluation = 0.0, settings.evaluate_every
     steps = islice(fit(model, batches, settings.learning_rate, settings.warm_up), settings.most_steps)
-    with tqdm(steps, desc="warm start", unit="step", total=settings.most_steps) as bar:
+    pause = 0.2 if sys.stderr.isatty() else 10
+    with tqdm(steps, desc="warm start", unit="step", total=settings.most_steps, mininterval=pause) as bar:
         for _ in bar:
             until_evaluation -= 1
             if until_evaluation == 0:
@@ -241,7 +243,7 @@ def _train_to_accuracy(
                 if accuracy >= settings.accuracy:
                     return accuracy
                 best = max(best, accuracy)
-                bar.set_postfix(accuracy=f"{accuracy:.2f}")
+                bar.set_postfix(refresh=False, accuracy=f"{accuracy:.2f}")
                 near = best >= settings.accuracy / 2
                 until_evaluation = max(1, settings.evaluate_every // (3 if near else 1))
     raise WarmStartError(

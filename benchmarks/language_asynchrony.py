@@ -190,8 +190,8 @@ def _latency_part(runs: list[dict]) -> str:  # type: ignore[type-arg]
     return f"""## A judge that takes its time (simulated)
 
 Seconds an update; in brackets how much faster than synchronous training, which judges all completions of a batch at
-once and has both cores, and the accuracy after {runs[0]["updates"] + 1} updates ({TEST} completions: a standard error of
-0.03). An update on stale or replayed completions teaches less than one on fresh ones, which is the price of the speed.
+once and has both cores, and the accuracy after {runs[0]["updates"] + 1} updates ({TEST} completions: a standard error
+of 0.03). An update on stale or replayed completions teaches less than one on fresh ones: the price of the speed.
 
 | searchers | {header} |
 |---|{"---|" * len(base)}

@@ -135,7 +135,7 @@ def one(kind: str, name: str, seed: int, updates: int) -> dict[str, object]:
 
 def jobs_of(options: argparse.Namespace) -> list[tuple[str, int]]:
     names = {
-        "diversity": list(ARMS),
+        "diversity": options.arms,
         "sparse": [f"{rule}/{n}" for rule in RULES for n in SEARCHERS],
         "staleness": [f"{lag}/{recent}/{beta}" for beta in BETAS for recent in RECENT for lag in LAGS],
     }[options.what]
@@ -239,6 +239,7 @@ def main() -> None:
     parser.add_argument("what", choices=["diversity", "sparse", "staleness", "report", "one"])
     parser.add_argument("one", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="of diversity")
     parser.add_argument("--updates", type=int, default=UPDATES)
     options = parser.parse_args()
     if options.what == "one":

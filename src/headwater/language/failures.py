@@ -6,7 +6,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import cast
 
+from torch import Tensor
+
+from headwater.environments.base import Objects
 from headwater.language.data import Completion, Prompt
 from headwater.reward_worker import RewardError
 
@@ -63,6 +67,24 @@ class FailureCount:
                     f"the reward failed on each of the last {self._completions} completions, in {self._batches} "
                     f"batches; the last time: {self._last}"
                 )
+
+
+class Judge:
+    """What rewards of completions have in common: the prompts that condition rows are indices of, and a count of
+    failures.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        self._prompts, self._count = prompts, FailureCount()
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """Completions that could not be judged, by kind."""
+        return dict(self._count.counts)
+
+    def _asked(self, objects: Objects, condition: Tensor) -> tuple[list[Completion], list[Prompt]]:
+        completions = cast("list[Completion]", list(objects))
+        return completions, prompts_of(self._prompts, condition[:, 0].tolist(), len(completions))
 
 
 def prompts_of(prompts: Sequence[Prompt], rows: Sequence[float], completions: int) -> list[Prompt]:

@@ -15,14 +15,14 @@ from torch.nn import functional
 
 from headwater.environments.base import Objects
 from headwater.language.data import Completion, Prompt
-from headwater.language.failures import FailureCount, prompts_of
+from headwater.language.failures import Judge
 from headwater.reward_worker import RewardError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class PreferenceReward:
+class PreferenceReward(Judge):
     """What a reward model thinks of a completion: its one logit, or, of a classifier, the log-probability of `label`.
 
     prompts: what condition rows are indices of.
@@ -52,7 +52,8 @@ class PreferenceReward:
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, must be at least 1")
         self.truncated = 0
-        self._prompts, self._tokens = prompts, tokens
+        super().__init__(prompts)
+        self._tokens = tokens
         self._tokenizer = _load_tokenizer(str(path))
         self._model = _load_model(str(path))
         self._label = _label(self._model, label, str(path))
@@ -65,16 +66,9 @@ class PreferenceReward:
         most = getattr(config, "max_position_embeddings", None) or self._tokenizer.model_max_length
         most = min(most, self._tokenizer.model_max_length)
         self._longest = min(longest or most, most)
-        self._count = FailureCount()
-
-    @property
-    def failures(self) -> dict[str, int]:
-        """Completions that could not be judged, by kind."""
-        return dict(self._count.counts)
 
     def __call__(self, objects: Objects, condition: Tensor) -> Tensor:
-        completions = cast("list[Completion]", list(objects))
-        prompts = prompts_of(self._prompts, condition[:, 0].tolist(), len(completions))
+        completions, prompts = self._asked(objects, condition)
         texts = self._tokenized(prompts, completions) if completions else []
         scores = torch.empty(len(texts), dtype=torch.float32)
         for places in self._batches(texts):

@@ -7,7 +7,6 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from headwater.environments.base import Objects
 from headwater.language.answers import LONGEST_ANSWER, last_number, marked, plain_number
 from headwater.language.data import Completion, Prompt
-from headwater.language.failures import FailureCount, prompts_of, shortened
+from headwater.language.failures import Judge, prompts_of, shortened
 from headwater.language.verifier import VerifierReward
 from headwater.reward import Reward
 from headwater.reward_worker import Failure, RewardError, Worker
@@ -45,7 +44,7 @@ def build_reward(
     raise ValueError(f"reward is {name!r}, must be math, preference, or a function of yours as module:function")
 
 
-class MathReward:
+class MathReward(Judge):
     """1 where a completion's answer equals the reference, `format_reward` where it does not but the completion has
     ended by itself with an answer where the formats say, otherwise 0.
 
@@ -68,19 +67,12 @@ class MathReward:
         if importlib.util.find_spec("math_verify") is None:
             raise RewardError("the reward math needs math-verify: pip install 'headwater[language]'")
         self.timeout, self.format_reward = timeout, format_reward
-        self._prompts = prompts
+        super().__init__(prompts)
         self._known: dict[tuple[str, str], float] = {}
         self._worker: Worker | None = None
-        self._count = FailureCount()
-
-    @property
-    def failures(self) -> dict[str, int]:
-        """Completions that could not be judged, by kind."""
-        return dict(self._count.counts)
 
     def __call__(self, objects: Objects, condition: Tensor) -> Tensor:
-        completions = cast("list[Completion]", list(objects))
-        prompts = prompts_of(self._prompts, condition[:, 0].tolist(), len(completions))
+        completions, prompts = self._asked(objects, condition)
         marks = [marked(one) for one in completions]
         answers = [mark or last_number(one) for mark, one in zip(marks, completions, strict=True)]
         pairs = [(str(prompt.answer), answer or "") for prompt, answer in zip(prompts, answers, strict=True)]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from headwater.environments.base import Objects
 from headwater.language.data import Completion, Prompt
-from headwater.language.failures import FailureCount, Fatal, InvalidSample, TryAgain, prompts_of, shortened
+from headwater.language.failures import Fatal, InvalidSample, Judge, TryAgain, shortened
 from headwater.reward_worker import RewardError, load_function
 
 __all__ = ["Fatal", "InvalidSample", "TryAgain", "VerifierReward"]
@@ -61,7 +61,7 @@ class _Batch:
     outcomes: queue.SimpleQueue[_Outcome] = field(default_factory=queue.SimpleQueue)
 
 
-class VerifierReward:
+class VerifierReward(Judge):
     """The reward that a function gives: `function(fields, completion) -> float`, `fields` a dict of what the prompt's
     line says.
 
@@ -101,21 +101,14 @@ class VerifierReward:
             raise ValueError(f"back_off is {back_off!r}, must be at least 0 seconds")
         loaded = load_function(function, "verifier") if isinstance(function, str) else function
         self._function = cast("Verifier", loaded)
-        self._prompts = prompts
+        super().__init__(prompts)
         self._concurrency, self._timeout = concurrency, timeout
         self._attempts, self._back_off, self._size = attempts, back_off, batch
         self._tickets = 0
         self._hung: list[threading.Thread] = []
-        self._count = FailureCount()
-
-    @property
-    def failures(self) -> dict[str, int]:
-        """Completions that could not be judged, by kind."""
-        return dict(self._count.counts)
 
     def __call__(self, objects: Objects, condition: Tensor) -> Tensor:
-        completions = cast("list[Completion]", list(objects))
-        prompts = prompts_of(self._prompts, condition[:, 0].tolist(), len(completions))
+        completions, prompts = self._asked(objects, condition)
         size = self._size or 1
         calls = [_Call(0.0, tuple(range(at, min(at + size, len(prompts))))) for at in range(0, len(prompts), size)]
         batch = _Batch(prompts, completions, [math.nan] * len(prompts), calls)

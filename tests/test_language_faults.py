@@ -217,3 +217,12 @@ def test_a_recipe_without_model_or_prompts_says_what_to_name() -> None:
         LanguageRecipe()
     with pytest.raises(ValueError, match="prompts: name a file"):
         LanguageRecipe(model="somewhere")
+
+
+def test_without_transformers_the_error_names_the_extra_and_other_recipes_are_listed() -> None:
+    hidden = "import sys, importlib.util as u; find = u.find_spec; "
+    hidden += "u.find_spec = lambda name, *more: None if name == 'transformers' else find(name, *more); "
+    hidden += "from headwater.cli import main; main(['list'])"
+    done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, timeout=120, check=True)
+    assert "pip install 'headwater[language]'" in done.stdout
+    assert "hypergrid" in done.stdout

@@ -38,8 +38,8 @@ def make_model(folder: Path, width: int) -> Path:
         tokenizer = train_tokenizer([one.question for one in train] + [one.solution(generator) for one in train])
         tokenizer.save_pretrained(folder)
         new_model(tokenizer, width, 4, 4, 0).save_pretrained(folder)
-        write_gsm8k(folder / "train.jsonl", train, 0)
-        write_gsm8k(folder / "test.jsonl", test, 0)
+        for name, part in (("train", train), ("test", test)):
+            write_gsm8k(folder / f"{name}.jsonl", part, [one.solution(generator) for one in part])
     return folder
 
 

@@ -143,6 +143,19 @@ class Backbone:
         last = hidden[torch.arange(len(prompts), device=self.device), lengths - 1]
         return Prefill([(layer.keys, layer.values) for layer in cache.layers], mask, lengths, last)
 
+    @contextmanager
+    def one_by_one(self) -> Iterator[None]:
+        """For a while, queries are of one token each: on a CPU plain products are then faster than fused attention."""
+        before = self.model.config._attn_implementation
+        if self.device.type != "cpu" or before != "sdpa":
+            yield
+            return
+        self.model.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(before)
+
     def step(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: Cache) -> Tensor:
         """Logits after one more token of each row: float32 `[B, vocabulary]`. mask: bool `[B, positions so far]`."""
         return self.logits(self._hidden(tokens[:, None], mask, positions[:, None], cache)[:, 0])

@@ -136,7 +136,8 @@ class ModelGenerator:
                 rows, mask, positions, drawn = rows[kept], mask[kept], positions[kept], drawn[kept]
                 writing = writing[kept]
             end += 1
-            logits = self.backbone.step(drawn, positions, mask[:, :end], cache)
+            with self.backbone.one_by_one():
+                logits = self.backbone.step(drawn, positions, mask[:, :end], cache)
             positions = positions + 1
         return _packed(tokens, log_probs, lengths, finished)
 

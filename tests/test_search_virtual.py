@@ -11,17 +11,19 @@ from headwater.objectives import Objective
 from headwater.policies import EnvironmentPolicy, Network
 from headwater.replay import ReplaySettings
 from headwater.search import SearchSettings
-from headwater.search.virtual import VirtualSearch
-from headwater.training import Trainer, Training
+from headwater.training import ExplorationSettings, Trainer, Training
+from headwater.trajectories import Trajectories
 
 
-def new_trainer(searchers: int = 3, lag: int = 4, iterations: int = 20) -> Trainer:
+def new_trainer(
+    searchers: int = 3, lag: int = 4, iterations: int = 20, search: SearchSettings | None = None
+) -> Trainer:
     torch.manual_seed(1)
     policy = EnvironmentPolicy(Hypergrid(2, 5), Network(width=16), "learned")
     training = Training(iterations=iterations, batch_size=4, replayed=8, learning_rate=1e-2)
-    search = SearchSettings(runtime="virtual", searchers=searchers, lag=lag)
+    search = search or SearchSettings(runtime="virtual", searchers=searchers, lag=lag)
     return Trainer(policy, HypergridReward(5, 0.1), NoCondition(), Objective("tb"), training,
-                   replay=ReplaySettings(500, "uniform"), seed=3, search=search)  # fmt: skip
+                   ExplorationSettings(0.0), replay=ReplaySettings(500, "uniform"), seed=3, search=search)  # fmt: skip
 
 
 def test_what_is_drawn_is_drawn_with_the_weights_of_so_many_updates_ago() -> None:
@@ -82,8 +84,36 @@ def test_a_run_that_is_resumed_goes_on_bit_for_bit(stop: int) -> None:
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-def test_a_run_that_searched_inline_until_now_begins_with_the_weights_of_now() -> None:
-    trainer = new_trainer()
-    trainer.search.load_state({})
-    assert isinstance(trainer.search, VirtualSearch)
-    trainer.update()
+@pytest.mark.parametrize("before", [SearchSettings(), SearchSettings(runtime="virtual", searchers=2)])
+def test_a_run_that_kept_no_old_weights_until_now_begins_with_those_of_now(before: SearchSettings) -> None:
+    first = new_trainer(search=before)
+    for _ in range(6):
+        first.update()
+    second = new_trainer(lag=4)
+    second.restore(first.checkpoint())
+    drawn: list[Trajectories] = []
+    collect = second.search.searcher.collect
+
+    def watched(*asked):  # type: ignore[no-untyped-def]
+        drawn.append((got := collect(*asked)).trajectories)
+        if len(drawn) <= 3:  # of the first update, by three searchers
+            fits = got.trajectories.sum(first.policy.log_probs(got.trajectories).forward)
+            torch.testing.assert_close(fits.detach(), got.trajectories.log_behaviour)
+        return got
+
+    second.search.searcher.collect = watched  # type: ignore[method-assign]
+    for _ in range(7):
+        second.update()
+    assert [int(batch.version[0]) for batch in drawn[::3]] == [6, 6, 6, 6, 6, 7, 8]
+
+
+def test_its_metrics_are_those_of_other_searchers() -> None:
+    trainer = new_trainer(lag=4)
+    for _ in range(8):
+        trainer.update()
+    figures = trainer.search.metrics()
+    assert figures["search/staleness_max"] == 4
+    assert figures["search/staleness_mean"] == (0 + 1 + 2 + 3 + 4 * 4) / 8
+    assert figures["search/trajectories_per_second"] == pytest.approx(12 * figures["search/updates_per_second"])
+    assert figures["search/learner_idle"] + figures["search/worker_idle"] == pytest.approx(1)
+    assert "search/staleness_mean" not in trainer.search.metrics()  # nothing has happened since

@@ -97,6 +97,10 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._start()
 
+    def __getstate__(self) -> dict[str, object]:
+        """A copy that is sent elsewhere starts a process of its own, at its first call."""
+        return {"_function": self._function, "_timeout": self._timeout, "_process": None, "_owner": None}
+
     def call(self, objects: list[object]) -> list[float]:
         """As `call_function`; Failure also if the call took too long or ended the process."""
         message = {"objects": _encode(objects)}
@@ -114,7 +118,7 @@ class Worker:
 
     def close(self) -> None:
         """End the process; the next call starts another."""
-        if self._owner != os.getpid():  # it belongs to the process that this one was forked from
+        if self._process is not None and self._owner != os.getpid():  # of the process that this one was forked from
             self._kill.detach()
         elif self._process is not None:
             self._kill()

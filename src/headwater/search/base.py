@@ -123,5 +123,7 @@ class SearchSettings:
             try:
                 found[name] = float(amount)
             except ValueError:
-                raise ValueError(f"resources: {text!r} must be name=amount, such as accelerator=1") from None
+                found[name] = math.nan
+            if not name or not 0 < found[name] < math.inf:
+                raise ValueError(f"resources: {text!r} must be name=amount, such as accelerator=1")
         return found

@@ -81,7 +81,7 @@ class Processes:
     def __init__(self, searcher: Searcher) -> None:
         self._parameters = searcher.drawing.published()
         if searcher.device.type != "cpu":
-            searcher = _on_cpu(searcher)
+            searcher = on_cpu(searcher)
         self._searcher = searcher
         self._weights = SharedWeights(self._parameters)
         self._workers: dict[int, _Worker] = {}
@@ -182,7 +182,7 @@ class Processes:
         )
 
 
-def _on_cpu(searcher: Searcher) -> Searcher:
+def on_cpu(searcher: Searcher) -> Searcher:
     """The same with a copy of the weights."""
     drawing = copy.deepcopy(searcher.drawing).to("cpu")
     if isinstance(drawing, Explorer):

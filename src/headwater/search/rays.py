@@ -8,6 +8,9 @@ draw is drawn by another.
 from __future__ import annotations
 
 import logging
+import math
+import signal
+import threading
 import time
 import traceback
 from typing import Any
@@ -22,6 +25,7 @@ from headwater.reward import RewardError
 from headwater.search.asynchronous import AsynchronousSearch, Delivery, Ended, Event, Raised
 from headwater.search.base import SearchError, SearchSettings
 from headwater.search.ledger import Lease
+from headwater.search.processes import on_cpu
 from headwater.search.searcher import Calls, Drawn, Searcher
 from headwater.trajectories import Trajectories
 
@@ -80,13 +84,19 @@ class Actors:
     def __init__(self, searcher: Searcher, settings: SearchSettings) -> None:
         self._owns_cluster = not ray.is_initialized()
         if self._owns_cluster:
-            here = None if settings.address else max(round(settings.searchers * settings.cpus), 1)
-            ray.init(
-                address=settings.address or "local", num_cpus=here, include_dashboard=False, log_to_driver=False,
-                logging_level=logging.WARNING,
-            )  # fmt: skip
+            _join(settings)
         self._drawing = searcher.drawing
-        self._member = ray.put(searcher)
+        if searcher.device.type != "cpu" and not settings.gpus:
+            searcher = on_cpu(searcher)
+        try:
+            self._member = ray.put(searcher)
+        except TypeError as error:
+            if self._owns_cluster:
+                ray.shutdown()
+            raise ValueError(
+                f"search.runtime = 'ray': policy and reward must be such that they can be sent to an actor, but "
+                f"{error.__cause__ or error}"
+            ) from error
         self._make = ray.remote(Member).options(
             max_restarts=0, max_task_retries=0, num_cpus=settings.cpus, num_gpus=settings.gpus,
             resources=settings.custom_resources,
@@ -154,6 +164,31 @@ class Actors:
             calls=None if header["calls"] is None else Calls(*header["calls"]),
             busy=header["busy"], idle=header["idle"],
         )  # fmt: skip
+
+
+def _room(settings: SearchSettings) -> dict[str, Any]:
+    """What a cluster that is started here must have, beside GPUs; nothing for one that is there."""
+    if settings.address:
+        return {}
+    resources = {name: settings.searchers * each for name, each in settings.custom_resources.items()}
+    return {"num_cpus": max(math.ceil(settings.searchers * settings.cpus), 1), "resources": resources}
+
+
+def _join(settings: SearchSettings) -> None:
+    """Join the cluster of these settings, or start one here that has what all searchers need."""
+    polite = signal.getsignal(signal.SIGTERM)
+    ray.init(
+        address=settings.address or "local", include_dashboard=False, log_to_driver=False,
+        logging_level=logging.WARNING, **_room(settings),
+    )  # fmt: skip
+    if polite is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, polite)  # Ray has put its own there, which ends the learner without a checkpoint
+    needed, there = settings.searchers * settings.gpus, ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]
+    if not settings.address and needed > there:
+        ray.shutdown()
+        raise ValueError(
+            f"search.gpus = {settings.gpus:g}: this machine has {there:g} for {settings.searchers} searchers"
+        )
 
 
 def _packed(tensors: dict[str, Tensor]) -> bytes:

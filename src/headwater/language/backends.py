@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headwater.language.backbone import Backbone
 from headwater.language.generation import Generator, ModelGenerator
+from headwater.language.vllm_server import Server
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,21 @@ class VLLM:
     """Requests at once."""
     every: int = 1
     """Updates between two deliveries of weights, at least."""
+    start: float = 60.0
+    """Seconds that the server may take to come up."""
 
     def __post_init__(self) -> None:
         for name in ("concurrency", "every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if not self.start > 0:
+            raise ValueError(f"start = {self.start}: must be above 0 seconds")
+        if self.url:
+            Server(self.url)
 
     def connect(self, backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> Generator:
         """A client; raises ServerError if the server does not come up. Its key is taken from VLLM_API_KEY."""
         from headwater.language.vllm import VLLMGenerator
-        from headwater.language.vllm_server import Server
         from headwater.language.vllm_weights import CheckpointTransfer, NCCLTransfer
 
         server = Server(self.url, key=os.environ.get("VLLM_API_KEY"))
@@ -48,6 +54,7 @@ class VLLM:
             ends=ModelGenerator(backbone, tokenizer).ends,
             concurrency=self.concurrency,
             pause=self.pause,
+            start=self.start,
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import string
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from headwater.language.answers import boxed, hashed
@@ -29,11 +29,13 @@ class Prompt:
     text:   what the model is given, the template filled in.
     answer: the reference answer, for a verifier; None where there is none.
     fields: everything that its line says: strings as they are, other values as JSON.
+    place:  file and line, for errors to name; two prompts are the same wherever they stand.
     """
 
     text: str
     answer: str | None
     fields: dict[str, str]
+    place: str = field(default="", compare=False)
 
 
 class Completion(str):
@@ -56,9 +58,11 @@ def read_prompts(path: str | Path, template: str | None = None) -> list[Prompt]:
     are braces. Without it the model gets the question, problem or prompt alone.
 
     Raises ValueError, naming file and line, for a line that does not parse, lacks a field or an answer, or is longer
-    than `LONGEST_LINE`, and for a file without prompts.
+    than `LONGEST_LINE`, and for a file without prompts or a folder.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path}: must be a file of prompts, and is a folder")
     pieces = None if template is None else _pieces(template)
     prompts = [_prompt(value, place, pieces) for place, value in _values(path)]
     if not prompts:
@@ -114,7 +118,7 @@ def _prompt(value: object, place: str, pieces: list[tuple[str, str | None]] | No
     text = fields[kind[0]] if pieces is None else _filled(pieces, fields, place)
     if not isinstance(value[kind[0]], str) or not text.strip():
         raise ValueError(f"{place}: {kind[0] if pieces is None else 'the prompt'} must be text, and not empty")
-    return Prompt(text, _answer(kind[0], fields, place), fields)
+    return Prompt(text, _answer(kind[0], fields, place), fields, place)
 
 
 def _answer(kind: str, fields: Mapping[str, str], place: str) -> str | None:

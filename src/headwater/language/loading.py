@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
@@ -41,7 +43,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model = {path!r}: no tokenizer can be loaded from there: {_first_line(error)}") from error
+        said = " ".join(str(error).split())  # the library tells in lines what all it has looked for
+        raise ValueError(f"model = {path!r}: no tokenizer can be loaded from there: {said}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model = {path!r}: its tokenizer has no end-of-sequence token, so no completion could end")
     return tokenizer
@@ -52,18 +55,25 @@ def load_model(
 ) -> PreTrainedModel:
     """A causal language model from safetensors; no code of the folder or the hub is run.
 
-    recompute: gradient checkpointing. Raises ValueError naming what is missing or does not fit.
+    recompute: gradient checkpointing. Raises ValueError naming what is missing or does not fit. Weights that the folder
+    lacks are such an error: the library would draw them at random.
     """
     _require_folder(path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=getattr(torch, precision), trust_remote_code=False, use_safetensors=True
-        )
-    except (OSError, ValueError, KeyError) as error:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=getattr(torch, precision), trust_remote_code=False, use_safetensors=True,
+            output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"model = {path!r}: cannot be loaded as a causal language model: {_first_line(error)}"
         ) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"model = {path!r}: must be a causal language model; as one it lacks the weights {', '.join(missing[:4])}"
+        )
     model = model.to(device)
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -81,7 +91,14 @@ def _with_adapters(model: PreTrainedModel, lora: Lora) -> PreTrainedModel:
     settings = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM"
     )
-    return get_peft_model(model, settings)
+    try:
+        return get_peft_model(model, settings)
+    except ValueError as error:
+        linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        raise ValueError(
+            f"lora.targets = {', '.join(lora.targets)}: must be all-linear or names of layers, which in this model are "
+            f"{', '.join(sorted(linear))}: {_first_line(error)}"
+        ) from error
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

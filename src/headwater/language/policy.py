@@ -42,6 +42,7 @@ class LanguagePolicy(Policy):
     at least one; a condition row `[index]` names one. reset_every: updates after which the reference becomes what the
     policy is; 0 for never. learns_log_z: whether log Z(prompt) is learned, as a linear function of the model's state
     at the prompt's end, rather than estimated from a group. remote: who writes the completions, if not this process.
+    places: what errors call each prompt, such as its file and line.
 
     Steps of a trajectory: `token`, int32; and of each token its log-probability when it was drawn (`STEP_BEHAVIOUR`)
     and under the reference (`REFERENCE`). The end of sequence is a step where the model chose it. Where the length
@@ -59,6 +60,7 @@ class LanguagePolicy(Policy):
         reset_every: int = 0,
         learns_log_z: bool = False,
         remote: Remote | None = None,
+        places: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.model, self.tokenizer, self.sampling, self.reset_every = model, tokenizer, sampling, reset_every
@@ -66,7 +68,7 @@ class LanguagePolicy(Policy):
         inner = model.get_base_model() if _is_peft(model) else model
         model.eval()  # before it is copied: a reference with dropout would be another one each time
         self.backbone = Backbone(inner)
-        self._require_room()
+        self._require_prompts_that_fit(places or [f"prompt {number + 1}" for number in range(len(prompts))])
         self.register_buffer("reference_version", torch.zeros((), dtype=torch.int64))
         self._reference = self._make_reference()
         hidden = inner.config.get_text_config().hidden_size
@@ -246,14 +248,19 @@ class LanguagePolicy(Policy):
         """The prompts that there are, by number, and which of them each trajectory has."""
         return torch.unique(trajectories.condition[:, 0].long(), return_inverse=True)
 
-    def _require_room(self) -> None:
-        context = self.backbone.context
-        for number, prompt in enumerate(self.prompts):
+    def _require_prompts_that_fit(self, places: Sequence[str]) -> None:
+        context, vocabulary = self.backbone.context, self.backbone.model.get_input_embeddings().weight.shape[0]
+        for place, prompt in zip(places, self.prompts, strict=True):
             if not len(prompt):
-                raise ValueError(f"prompt {number + 1} has no tokens")
+                raise ValueError(f"{place} has no tokens")
+            if int(prompt.max()) >= vocabulary:
+                raise ValueError(
+                    f"{place} has token {int(prompt.max())}, and the model a vocabulary of {vocabulary}: "
+                    "this tokenizer belongs to another model"
+                )
             if context is not None and len(prompt) + self.sampling.max_new_tokens > context:
                 raise ValueError(
-                    f"prompt {number + 1} has {len(prompt)} tokens and max_new_tokens = "
+                    f"{place} has {len(prompt)} tokens and max_new_tokens = "
                     f"{self.sampling.max_new_tokens}: together more than the model's context of {context}"
                 )
 

@@ -17,6 +17,7 @@ from headwater.language.data import Prompt, read_prompts
 from headwater.language.generation import Sampling
 from headwater.language.loading import Lora, Precision, load_model, load_tokenizer, save_model
 from headwater.language.policy import LanguagePolicy
+from headwater.language.vllm_server import ServerError
 from headwater.objectives import Objective
 from headwater.policies.base import Policy
 from headwater.recipes.base import Problem, Recipe
@@ -138,6 +139,8 @@ class LanguageRecipe(Recipe):
             raise ValueError(f"completions = {self.completions}: must be at least 1")
         if self.evaluated_prompts < 0:
             raise ValueError(f"evaluated_prompts = {self.evaluated_prompts}: must not be negative")
+        if self.reset_every < 0:
+            raise ValueError(f"reset_every = {self.reset_every}: must not be negative")
         _ = self.read
 
     # The problem
@@ -182,6 +185,15 @@ class LanguageRecipe(Recipe):
         asked = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)
         return [list(ids) for ids in asked["input_ids"]]
 
+    def check(self) -> None:
+        policy = self.problem().policy
+        assert isinstance(policy, LanguagePolicy)
+        if self.vllm.url:
+            try:
+                self.vllm.connect(policy.backbone, self.tokenizer)
+            except ServerError as error:
+                raise ValueError(f"vllm.url = {self.vllm.url!r}: {error}") from error
+
     def problem(self) -> Problem:
         model = load_model(self.model, self.on, self.precision, self.lora, self.recompute)
         remote = None
@@ -189,7 +201,14 @@ class LanguageRecipe(Recipe):
             remote = Remote(lambda: self.vllm.connect(policy.backbone, self.tokenizer), self.vllm.every)
         learns_log_z = self.objective.name == "tb"
         policy = LanguagePolicy(
-            model, self.tokenizer, self.token_ids(), self.sampling, self.reset_every, learns_log_z, remote
+            model,
+            self.tokenizer,
+            self.token_ids(),
+            self.sampling,
+            self.reset_every,
+            learns_log_z,
+            remote,
+            [prompt.place for prompt in self.read[0]],
         ).to(self.on)
         rows = torch.arange(self.read[1], dtype=torch.float32)[:, None]
         return Problem(policy, self.base_reward, ConditionTable(rows), sharpness=self.sharpness)

@@ -63,7 +63,8 @@ class MathReward(Judge):
             raise ValueError(f"format_reward is {format_reward!r}, must be at least 0 and below 1")
         for number, prompt in enumerate(prompts):
             if not prompt.answer or not prompt.answer.strip():
-                raise RewardError(f"prompt {number} ({shortened(prompt.text)}) has no answer, which math needs")
+                place = prompt.place or f"prompt {number}"
+                raise RewardError(f"{place} ({shortened(prompt.text)}) has no answer, which math needs")
         if importlib.util.find_spec("math_verify") is None:
             raise RewardError("the reward math needs math-verify: pip install 'headwater[language]'")
         self.timeout, self.format_reward = timeout, format_reward

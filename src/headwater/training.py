@@ -12,6 +12,7 @@ import math
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -359,14 +360,10 @@ class Trainer:
             "seconds": self.seconds,
             "failed": self.search.failed,
             **self._reward_calls(),
-            **{f"reward_failures/{kind}": count for kind, count in self._failures().items()},
+            **{f"reward_failures/{kind}": count for kind, count in sorted(self.search.failures.items())},
             **self.search.metrics(),
             **(self.replay.summary(self.policy.version) if self.replay is not None else {}),
         }
-
-    def _failures(self) -> dict[str, int]:
-        """How often the reward failed in this process, by kind, where it says."""
-        return getattr(self.search.searcher.reward, "failures", {})
 
     def _reward_calls(self) -> dict[str, int]:
         """Objects that the reward was really asked for, and those whose reward was known already, over all resumes."""
@@ -429,6 +426,7 @@ class Trainer:
             "version": self.policy.version,
             "drawn": self.search.drawn,
             "failed": self.search.failed,
+            "failures": dict(self.search.failures),
             "seconds": self.seconds,
             **self._reward_calls(),
         }
@@ -456,6 +454,8 @@ class Trainer:
                 int(str(checkpoint.state["drawn"])),
                 int(str(checkpoint.state["failed"])),
             )
+            failures = checkpoint.state.get("failures")
+            self.search.failures = Counter(failures if isinstance(failures, dict) else {})
             self.seconds = float(str(checkpoint.state["seconds"]))
             self.calls_before = int(str(checkpoint.state["reward_calls"]))
             self.saved_before = int(str(checkpoint.state.get("reward_calls_saved", 0)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,12 +24,13 @@ class Search:
     """Fills the replay, and gives the learner fresh trajectories.
 
     searcher: what is run. replay: where everything scored goes, or None. drawn, failed: trajectories so far, and those
-    of them whose reward failed.
+    of them whose reward failed. failures: how often rewards failed, by kind, where they tell kinds.
     """
 
     def __init__(self, searcher: Searcher, replay: Replay | None) -> None:
         self.searcher, self.replay = searcher, replay
         self.drawn = self.failed = 0
+        self.failures: Counter[str] = Counter()
 
     @abstractmethod
     def collect(self, count: int, exploration: Exploration) -> Trajectories:
@@ -64,6 +66,7 @@ class Search:
         """
         self.drawn += drawn.drawn
         self.failed += drawn.failed
+        self.failures.update(drawn.failures)
         if self.replay is not None:
             self.replay.add(drawn.trajectories.select(drawn.trajectories.log_reward.isfinite()))
 

@@ -175,7 +175,9 @@ class Processes:
             sequence=int(str(header["sequence"])),
             lease=int(str(header["lease"])),
             version=int(str(header["version"])),
-            drawn=Drawn(trajectories, int(str(header["drawn"])), int(str(header["failed"]))),
+            drawn=Drawn(
+                trajectories, int(str(header["drawn"])), int(str(header["failed"])), _counts(header["failures"])
+            ),
             calls=_calls(header["requested"], header["evaluated"]),
             busy=float(str(header["busy"])),
             idle=float(str(header["idle"])),
@@ -188,6 +190,10 @@ def on_cpu(searcher: Searcher) -> Searcher:
     if isinstance(drawing, Explorer):
         return replace(searcher, policy=drawing.student, explorer=drawing)
     return replace(searcher, policy=drawing)
+
+
+def _counts(told: object) -> dict[str, int]:
+    return {str(kind): int(str(count)) for kind, count in told.items()} if isinstance(told, dict) else {}
 
 
 def _calls(requested: object, evaluated: object) -> Calls | None:

@@ -71,7 +71,7 @@ class Member:
         new_calls = None if calls is None or known is None else calls - known
         header = {
             "sequence": self.sequence, "lease": lease, "version": version, "drawn": drawn.drawn,
-            "failed": drawn.failed, "idle": began - self.ready, "busy": now - began,
+            "failed": drawn.failed, "failures": dict(drawn.failures), "idle": began - self.ready, "busy": now - began,
             "calls": None if new_calls is None else (new_calls.requested, new_calls.evaluated),
         }  # fmt: skip
         self.known, self.sequence, self.ready = calls, self.sequence + 1, now
@@ -160,7 +160,9 @@ class Actors:
             return Raised(searcher, _error(header["raised"], header["message"], header["traceback"]))
         return Delivery(
             searcher=searcher, sequence=header["sequence"], lease=header["lease"], version=header["version"],
-            drawn=Drawn(Trajectories.from_tensors(load(payload)), header["drawn"], header["failed"]),
+            drawn=Drawn(
+                Trajectories.from_tensors(load(payload)), header["drawn"], header["failed"], header["failures"]
+            ),
             calls=None if header["calls"] is None else Calls(*header["calls"]),
             busy=header["busy"], idle=header["idle"],
         )  # fmt: skip

@@ -4,6 +4,8 @@ learner's process or in any other just the same.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -26,11 +28,13 @@ class Drawn:
 
     trajectories: those that the reward could score; an infinite log-reward is the loss's to refuse.
     drawn, failed: how many were drawn, and how many of them were dropped since their reward failed.
+    failures: how often the reward failed meanwhile, by kind, where it tells kinds.
     """
 
     trajectories: Trajectories
     drawn: int
     failed: int
+    failures: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,15 @@ class Searcher:
 
     def collect(self, count: int, exploration: Exploration, generator: torch.Generator) -> Drawn:
         """Draw and score `count` trajectories; every random number comes from `generator`."""
+        before = self._failures()
+        drawn = self._collect(count, exploration, generator)
+        return replace(drawn, failures=dict(self._failures() - before))
+
+    def _failures(self) -> Counter[str]:
+        """How often the reward has failed in this process, by kind; empty where it does not tell kinds."""
+        return Counter(getattr(self.reward, "failures", {}))
+
+    def _collect(self, count: int, exploration: Exploration, generator: torch.Generator) -> Drawn:
         chains = self.local.chains(count)  # all of them without local search
         scored = self.score(self.draw(chains, exploration, generator))
         drawn = Drawn(scored, chains, chains - len(scored))

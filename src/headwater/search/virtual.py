@@ -6,7 +6,7 @@ What asynchrony does to learning, without a clock: the same run every time, and 
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -43,8 +43,9 @@ class VirtualSearch(Search):
             self._stalenesses.append(now - self.searcher.policy.version)
             batches = [self.searcher.collect(count, exploration, self.generator) for _ in range(self.searchers)]
         together = Trajectories.concatenate([drawn.trajectories for drawn in batches])
-        drawn = sum(one.drawn for one in batches)
-        self._remember(Drawn(together, drawn, sum(one.failed for one in batches)))
+        failures = sum((Counter(one.failures) for one in batches), Counter[str]())
+        drawn, failed = sum(one.drawn for one in batches), sum(one.failed for one in batches)
+        self._remember(Drawn(together, drawn, failed, failures))
         self._turn += 1
         self._trajectories += drawn
         self._searching += time.monotonic() - began

@@ -66,6 +66,7 @@ def _search(searcher: Searcher, weights: SharedWeights, connection: socket.socke
             "version": searcher.policy.version,
             "drawn": drawn.drawn,
             "failed": drawn.failed,
+            "failures": dict(drawn.failures),
             "requested": None if new is None else new.requested,
             "evaluated": None if new is None else new.evaluated,
             "idle": began - ready,

@@ -24,7 +24,6 @@ from headwater.language.recipe import LanguageRecipe
 from headwater.language.verifier import VerifierReward
 from headwater.objectives import Objective
 from headwater.replay import ReplaySettings
-from headwater.runs import Run
 from headwater.search import SearchSettings
 from headwater.search.asynchronous import AsynchronousSearch, Delivery
 from headwater.training import ExplorationSettings, Sharpness, Trainer, Training
@@ -138,10 +137,6 @@ def test_a_searcher_that_is_killed_is_replaced_and_nothing_is_learned_from_twice
     assert set(remembered(trainer)) == {VALUE}
 
 
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "headwater.cli", *arguments]
-
-
 def arguments(model: Path, out: Path, *more: str) -> list[str]:
     return [
         "train", "language", "--model", str(model), "--prompts", str(model / "prompts.jsonl"), "--reward",
@@ -150,33 +145,6 @@ def arguments(model: Path, out: Path, *more: str) -> list[str]:
         "--training.replayed", "8", "--replay.per-condition", "4", "--training.checkpoint-every", "4",
         "--training.log-every", "4", "--training.evaluate-every", "16", "--quiet", "--out", str(out), *more,
     ]  # fmt: skip
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    checkpoint = Run.open(folder).latest_checkpoint()
-    assert checkpoint is not None
-    return checkpoint.tensors["policy"] | {f"replay.{k}": v for k, v in checkpoint.tensors["replay"].items()}
-
-
-def test_a_learner_that_is_killed_goes_on_as_if_it_had_not_been(model: Path, tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(
-        command(*arguments(model, whole, "--reset-every", "5")), check=True, capture_output=True, timeout=300
-    )
-    process = subprocess.Popen(
-        command(*arguments(model, killed, "--reset-every", "5")), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while process.poll() is None and not list(killed.glob("checkpoints/*")):
-        time.sleep(0.005)
-    process.kill()  # about when the first checkpoint is written
-    process.wait()
-    subprocess.run(command("resume", str(killed), "--quiet"), check=True, capture_output=True, timeout=300)
-    expected, found = weights(whole), weights(killed)
-    assert expected.keys() == found.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
-    model_folder = killed / "model"
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in model_folder.iterdir()}
 
 
 @pytest.mark.parametrize(

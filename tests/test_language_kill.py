@@ -86,6 +86,7 @@ def test_killed_in_the_middle_of_saving_it_resumes_to_the_same_end(
     expected, found = content(tmp_path / "whole"), content(tmp_path / "killed")
     assert {"policy.safetensors", "replay.safetensors", "optimizer.safetensors"} <= expected.keys()
     assert expected["iteration"] == "iteration-000000008"
+    assert {"config.json", "tokenizer.json"} <= {path.name for path in (tmp_path / "killed" / "model").iterdir()}
     rows = Run.open(tmp_path / "whole").metrics()
     assert all(row["gradient_norm"] > 0 for row in rows)
     assert [name for name in expected if found[name] != expected[name]] == []

@@ -107,6 +107,19 @@ def test_a_run_that_kept_no_old_weights_until_now_begins_with_those_of_now(befor
     assert [int(batch.version[0]) for batch in drawn[::3]] == [6, 6, 6, 6, 6, 7, 8]
 
 
+def test_the_staleness_that_a_resumed_run_logs_is_that_of_one_that_never_stopped() -> None:
+    whole, first, second = (new_trainer() for _ in range(3))
+    for trainer, updates in ((whole, 8), (first, 3)):
+        for _ in range(updates):
+            trainer.update()
+    second.restore(first.checkpoint())
+    for _ in range(5):
+        second.update()
+    names = ("search/staleness_mean", "search/staleness_max")
+    expected, found = whole.search.metrics(), second.search.metrics()
+    assert [found[name] for name in names] == [expected[name] for name in names]
+
+
 def test_its_metrics_are_those_of_other_searchers() -> None:
     trainer = new_trainer(lag=4)
     for _ in range(8):

@@ -80,15 +80,17 @@ class VirtualSearch(Search):
         return tensors | {
             "turn": torch.tensor(self._turn),
             "versions": torch.tensor([version for version, _ in self._kept], dtype=torch.int64),
+            "stalenesses": torch.tensor(self._stalenesses, dtype=torch.int64),
         }
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         self._kept.clear()
+        self._stalenesses = tensors["stalenesses"].tolist() if "stalenesses" in tensors else []
         if "versions" not in tensors:  # the run searched otherwise until now
             return
         weights: list[dict[str, Tensor]] = [{} for _ in tensors["versions"]]
         for name, value in tensors.items():
-            if name not in ("turn", "versions"):
+            if name not in ("turn", "versions", "stalenesses"):
                 number, _, parameter = name.partition(".")
                 weights[int(number)][parameter] = value.clone()
         self._turn = int(tensors["turn"])

@@ -38,24 +38,24 @@ def train(recipe: Recipe, name: str, folder: Path, command: Sequence[str] = (), 
     """Train a new run in `folder`, then draw samples, evaluate and write the report. Files that settings name are
     copied into it.
     """
-    learners = Learners.join()
-    if learners is not None and not learners.leads:
-        return _follow(learners)
-    recipe = recipe.prepared(folder)
-    recipe.check()
-    files = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
-    inputs = {setting: path for setting, path in files.items() if isinstance(path, Path) and path.is_file()}
-    run = Run.create(folder, name, recipe.settings(), list(command), recipe.seed, inputs)
-    return _train(load_recipe(run) if inputs else recipe, run, progress_bar, learners)
+    with Learners.joined() as learners:
+        if learners is not None and not learners.leads:
+            return _follow(learners)
+        recipe = recipe.prepared(folder)
+        recipe.check()
+        files = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+        inputs = {setting: path for setting, path in files.items() if isinstance(path, Path) and path.is_file()}
+        run = Run.create(folder, name, recipe.settings(), list(command), recipe.seed, inputs)
+        return _train(load_recipe(run) if inputs else recipe, run, progress_bar, learners)
 
 
 def resume(folder: Path, progress_bar: bool = True) -> Trainer:
     """Go on with an interrupted run from its newest checkpoint, to the same end as if it had never stopped."""
-    learners = Learners.join()
-    if learners is not None and not learners.leads:
-        return _follow(learners)
-    run = Run.open(folder)
-    return _train(load_recipe(run), run, progress_bar, learners)
+    with Learners.joined() as learners:
+        if learners is not None and not learners.leads:
+            return _follow(learners)
+        run = Run.open(folder)
+        return _train(load_recipe(run), run, progress_bar, learners)
 
 
 def sample(folder: Path, count: int, condition: Sequence[float] | None = None, seed: int | None = None) -> list[Path]:

@@ -8,6 +8,8 @@ across processes, and gradients are summed after it: the update is that of one p
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -26,17 +28,19 @@ class Learners:
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
 
     @staticmethod
-    def join() -> Learners | None:
-        """Join the others, where `torchrun` has started several processes; None where this one is alone."""
+    @contextmanager
+    def joined() -> Iterator[Learners | None]:
+        """Among the others, where `torchrun` has started several processes; None where this one is alone."""
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-            return None
-        if not distributed.is_initialized():
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            distributed.init_process_group(
-                "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE
-            )
-        return Learners()
+            yield None
+            return
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
+        try:
+            yield Learners()
+        finally:  # threads of a group that is left to the interpreter's end abort the process now and then
+            distributed.destroy_process_group()
 
     @property
     def leads(self) -> bool:

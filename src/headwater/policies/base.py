@@ -121,6 +121,11 @@ class Policy(nn.Module):
         log-probability of that walk. Raises TypeError for a policy that cannot walk backward."""
         raise TypeError(f"{type(self).__name__} cannot walk backward from finished objects")
 
+    def remembered(self, trajectories: Trajectories) -> Trajectories:
+        """What a replay must keep of trajectories for `sample_backward` to walk back from them: everything, unless a
+        policy can do with less."""
+        return trajectories
+
     @property
     def walks_backward(self) -> bool:
         """Whether `sample_backward` is there to be used."""

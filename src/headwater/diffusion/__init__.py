@@ -1,0 +1,1 @@
+"""Diffusion posteriors: given a diffusion prior and a likelihood, learn to sample their product."""

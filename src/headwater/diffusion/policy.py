@@ -1,0 +1,229 @@
+"""A denoiser as a Policy: a trajectory is a chain of states from noise to data, the reference path measure the prior.
+
+Trajectory balance then asks that log Z + sum_t log q(x_t+1 | x_t) - log p(x_t+1 | x_t) = log r(x_T) along every chain,
+so that q draws from p(x) r(x) / Z: relative trajectory balance (Venkatraman et al. 2024, arXiv 2405.20971, equations 8
+to 10). No gradient of the reward or through the sampler is needed, and the chain may come from anywhere: drawn by q, by
+p, or walked back by the noising process from any object.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from headwater.diffusion.process import Process
+from headwater.environments.base import Objects, identity
+from headwater.objectives import path_log_ratio, variance_residual
+from headwater.policies.base import NO_EXPLORATION, Exploration, LogProbs, Policy
+from headwater.trajectories import Trajectories
+
+STATE = "state"
+"""The per-step tensor `[S, *shape]`: the state that each step leads to; a chain's first step draws where it starts."""
+
+
+class DiffusionPolicy(Policy):
+    """Draws objects of `process` by chains of T + 1 steps, the first of which draws the start.
+
+    prior, posterior: denoisers, called with states `[N, *shape]`, times `[N]` and conditions `[N, C]`; the prior is
+    frozen. log_z: log Z of condition rows, `[N, C]` to `[N, 1]`; one number if not given. steps_at_once: steps whose
+    activations are held at once, 0 for no limit; more are computed again on the way back, with the same gradient.
+    learned_steps: of each chain so many steps, drawn anew at every update, carry the gradient of all (times T over
+    their number: it stays unbiased; appendix H.1 of the paper); 0 for all.
+
+    Exploration: `temperature` multiplies the variance of every step, and with probability `epsilon` a chain is drawn
+    by the prior.
+    """
+
+    def __init__(
+        self,
+        process: Process,
+        prior: nn.Module,
+        posterior: nn.Module,
+        log_z: nn.Module | None = None,
+        steps_at_once: int = 0,
+        learned_steps: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= learned_steps <= process.n_steps:
+            raise ValueError(
+                f"learned_steps = {learned_steps}: must be from 0 to the {process.n_steps} steps of a chain"
+            )
+        self.process, self.posterior = process, posterior
+        prior.requires_grad_(False)
+        self._prior = (prior,)  # a tuple hides it, where it is a part of the posterior already
+        if all(module is not prior for module in posterior.modules()):
+            self.prior_denoiser = prior
+        self.log_z = nn.Parameter(torch.zeros(())) if log_z is None else log_z
+        self.steps_at_once, self.learned_steps = steps_at_once, learned_steps
+
+    @property
+    def prior(self) -> nn.Module:
+        return self._prior[0]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def log_z_parameters(self) -> list[nn.Parameter]:
+        return [self.log_z] if isinstance(self.log_z, nn.Parameter) else list(self.log_z.parameters())
+
+    @torch.no_grad()
+    def sample(
+        self, condition: Tensor, exploration: Exploration = NO_EXPLORATION, generator: torch.Generator | None = None
+    ) -> Trajectories:
+        generator = generator or torch.default_generator
+        process, count, condition = self.process, len(condition), condition.to(self.device)
+        epsilon, temperature = exploration.epsilon, exploration.temperature
+        by_prior = torch.rand(count, generator=generator, device=generator.device).to(self.device) < epsilon
+        state = process.start(count, generator).to(self.device)
+        states = [state]
+        ours, theirs = (process.start_log_prob(state) for _ in range(2))
+        for step in range(process.n_steps):
+            number = torch.full((count,), step, device=self.device)
+            time = process.time(number)
+            law = process.law(self.posterior(state, time, condition), state, number)
+            law = law if temperature == 1 else law.tempered(temperature)
+            following = law.sample(generator)
+            if epsilon:
+                prior_law = process.law(self.prior(state, time, condition), state, number)
+                shown = by_prior.view(-1, *[1] * (state.ndim - 1))
+                following = torch.where(shown, prior_law.sample(generator), following)
+                theirs = theirs + prior_law.log_prob(following)
+            ours = ours + law.log_prob(following)
+            state = following
+            states.append(state)
+        if epsilon:  # whole chains are drawn by one of both
+            weight = torch.tensor(epsilon).double()
+            ours = torch.logaddexp(ours.double() + (-weight).log1p(), theirs.double() + weight.log()).float()
+        return self._trajectories(states, condition, ours)
+
+    def sample_backward(self, trajectories: Trajectories, generator: torch.Generator | None = None) -> Trajectories:
+        """Walk back by the noising process from the objects of `trajectories`, of which the last step is enough."""
+        walked = self.sample_to(trajectories.steps[STATE][trajectories.last], trajectories.condition, generator)
+        return walked.with_log_reward(trajectories.log_reward)
+
+    @torch.no_grad()
+    def sample_to(self, states: Tensor, condition: Tensor, generator: torch.Generator | None = None) -> Trajectories:
+        """Chains to given objects `[N, *shape]`, drawn backward by the noising process, not yet scored."""
+        generator = generator or torch.default_generator
+        state = states.to(self.device)
+        walked, log_behaviour = [state], torch.zeros(len(state), device=self.device)
+        for step in reversed(range(self.process.n_steps)):
+            number = torch.full((len(state),), step, device=self.device)
+            before = self.process.noise(state, number, generator)
+            log_behaviour = log_behaviour + self.process.noise_log_prob(before, state, number)
+            state = before
+            walked.append(state)
+        return self._trajectories(walked[::-1], condition.to(self.device), log_behaviour)
+
+    def log_probs(self, trajectories: Trajectories) -> LogProbs:
+        """forward: of the posterior, backward: of the prior. The start has the same law in both."""
+        steps, rows = self._steps(trajectories)
+        start = self.process.start_log_prob(trajectories.steps[STATE][trajectories.starts])
+        with torch.no_grad():
+            of_prior = self._of(self.prior, steps)
+        whole = start.new_zeros(trajectories.n_steps).index_copy(0, trajectories.starts, start)
+        return LogProbs(
+            forward=whole.index_copy(0, rows, self._of_posterior(steps)),
+            backward=whole.index_copy(0, rows, of_prior),
+            log_z=self._log_z(trajectories.condition),
+        )
+
+    def objects(self, trajectories: Trajectories) -> Objects:
+        """The data that chains end in: `[T, *shape]`."""
+        return trajectories.steps[STATE][trajectories.last]
+
+    def remembered(self, trajectories: Trajectories) -> Trajectories:
+        """Their ends."""
+        ends = {STATE: trajectories.steps[STATE][trajectories.last]}
+        return replace(trajectories, steps=ends, lengths=torch.ones_like(trajectories.lengths))
+
+    def published(self) -> dict[str, Tensor]:
+        """What learns, for searchers elsewhere: the prior never changes."""
+        learnt = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {name: tensor for name, tensor in self.state_dict(keep_vars=True).items() if name in learnt}
+
+    def measures(self, log_probs: LogProbs, batch: Trajectories) -> dict[str, float]:
+        """Of the batch that was learned from: the divergence from the prior, and how far its chains are from balance,
+        as the deviation of their residuals over chains of one condition."""
+        with torch.no_grad():
+            ratio = path_log_ratio(log_probs, batch)
+            residual = variance_residual(log_probs, batch)
+            return {"divergence": float(ratio.mean()), "residual_deviation": float(residual.square().mean().sqrt())}
+
+    def _steps(self, trajectories: Trajectories) -> tuple[_Steps, Tensor]:
+        """Every step from one state to the next, and the row of the trajectories that it leads to."""
+        states, each = trajectories.steps[STATE], self.process.n_steps + 1
+        if bool((trajectories.lengths != each).any()):
+            raise ValueError(f"chains must have {each} steps: only the ends of these have been remembered")
+        number = torch.arange(len(states), device=states.device) % each
+        left = (number < each - 1).nonzero()[:, 0]
+        condition = trajectories.condition[trajectories.index[left]]
+        return _Steps(states[left], states[left + 1], number[left], condition), left + 1
+
+    def _of_posterior(self, steps: _Steps) -> Tensor:
+        """Log-probability of each step under the posterior; if only some are learned from, they carry all gradient."""
+        some, each = self.learned_steps, self.process.n_steps
+        if not some or not torch.is_grad_enabled():
+            return self._of(self.posterior, steps)
+        draws = torch.rand(len(steps) // each, each, generator=torch.Generator().manual_seed(self.version))
+        chosen = (draws.argsort(1).argsort(1) < some).flatten().to(steps.state.device)
+        learned, others = (which.nonzero()[:, 0] for which in (chosen, ~chosen))
+        log_prob = self._of(self.posterior, steps.at(learned))
+        log_prob = log_prob.detach() + (each / some) * (log_prob - log_prob.detach())
+        with torch.no_grad():
+            rest = self._of(self.posterior, steps.at(others))
+        return log_prob.new_zeros(len(steps)).index_copy(0, learned, log_prob).index_copy(0, others, rest)
+
+    def _of(self, denoiser: nn.Module, steps: _Steps) -> Tensor:
+        """Log-probability of each step by a denoiser; activations of so many are held at once."""
+        chunks = [steps] if not self.steps_at_once else steps.split(self.steps_at_once)
+        if len(chunks) == 1 or not torch.is_grad_enabled():
+            parts = [self._by(denoiser, chunk) for chunk in chunks]
+        else:
+            parts = [checkpoint(self._by, denoiser, chunk, use_reentrant=False) for chunk in chunks]
+        return torch.cat(parts) if parts else steps.state.new_zeros(0, dtype=torch.float32)
+
+    def _by(self, denoiser: nn.Module, steps: _Steps) -> Tensor:
+        prediction = denoiser(steps.state, self.process.time(steps.number), steps.condition)
+        return self.process.law(prediction, steps.state, steps.number).log_prob(steps.following)
+
+    def _log_z(self, condition: Tensor) -> Tensor:
+        if isinstance(self.log_z, nn.Parameter):
+            return self.log_z.expand(len(condition))
+        return self.log_z(condition)[:, 0].float()
+
+    def _trajectories(self, states: list[Tensor], condition: Tensor, log_behaviour: Tensor) -> Trajectories:
+        count, end = len(condition), states[-1].contiguous()
+        return Trajectories(
+            steps={STATE: torch.stack(states, 1).flatten(0, 1)},
+            lengths=torch.full((count,), len(states), device=end.device),
+            condition=condition,
+            log_reward=torch.full((count,), torch.nan, device=end.device),
+            log_behaviour=log_behaviour,
+            version=torch.full((count,), self.version, device=end.device),
+            identity=identity(end.flatten(1).view(torch.int32)),
+        )
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """M steps: from `state` to `following`, `[M, *shape]`; number: `[M]`; condition: `[M, C]`."""
+
+    state: Tensor
+    following: Tensor
+    number: Tensor
+    condition: Tensor
+
+    def __len__(self) -> int:
+        return len(self.number)
+
+    def at(self, rows: Tensor) -> _Steps:
+        return _Steps(self.state[rows], self.following[rows], self.number[rows], self.condition[rows])
+
+    def split(self, size: int) -> list[_Steps]:
+        columns = (torch.split(column, size) for column in (self.state, self.following, self.number, self.condition))
+        return [_Steps(*parts) for parts in zip(*columns, strict=True)]

@@ -29,7 +29,7 @@ from headwater.learners import Learners
 from headwater.native import keep_freed_memory
 from headwater.objectives import Objective
 from headwater.policies.base import LogProbs, Policy
-from headwater.replay import ReplaySettings
+from headwater.replay import Replay, ReplaySettings
 from headwater.reward import Reward, cache_of
 from headwater.runs import Checkpoint, Metrics, Run
 from headwater.search import ExplorationSettings as ExplorationSettings  # also found here, beside Training
@@ -161,7 +161,7 @@ class Trainer:
         self.exploration = exploration or ExplorationSettings()
         self.run_folder, self.evaluate = run, evaluate
         self.generator = torch.Generator().manual_seed(seed)
-        self.replay = (replay or ReplaySettings()).build(policy.objects) if training.replayed else None
+        self.replay = self._new_replay(replay or ReplaySettings()) if training.replayed else None
         self.average = copy.deepcopy(policy).requires_grad_(False) if self.exploration.average else None
         self.explorer = (explorer or self.exploration.explorer)(self.average or policy)
         if given is not None and (self.explorer or self.exploration.local_search.rounds):
@@ -315,6 +315,11 @@ class Trainer:
             whole = LogProbs.concatenate(said)
             self.learners.sum(list(whole.tensors().values()))
             return whole
+
+    def _new_replay(self, settings: ReplaySettings) -> Replay:
+        if self.training.replay_backward:
+            return settings.build(self.policy.objects, self.policy.remembered)
+        return settings.build(self.policy.objects)
 
     def _replayed(self) -> Trajectories:
         assert self.replay is not None

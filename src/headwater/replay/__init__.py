@@ -54,20 +54,22 @@ __all__ = [
 
 _FORMAT = "headwater.replay.1"
 
+Keep = Callable[[Trajectories], Trajectories]
+
 
 class Replay:
     """Remembers up to `capacity` trajectories, and of one condition up to `per_condition_capacity` (0 for no limit), on
     the CPU; the oldest leave first. Not to be shared between threads.
 
     There is one entry for each pair of (identity, condition): a newer trajectory takes the place of the older, and
-    counts as newest.
+    counts as newest. keep: what of trajectories is worth remembering.
     """
 
-    def __init__(self, capacity: int, rule: Rule, per_condition_capacity: int = 0) -> None:
+    def __init__(self, capacity: int, rule: Rule, per_condition_capacity: int = 0, keep: Keep = lambda it: it) -> None:
         require(capacity >= 1, "capacity", capacity, "at least 1")
         require(per_condition_capacity >= 0, "per_condition_capacity", per_condition_capacity, "at least 0")
         self.capacity, self.per_condition_capacity = capacity, per_condition_capacity
-        self.rule = rule
+        self.rule, self._keep = rule, keep
         self._store = Store(capacity, per_condition_capacity)
 
     def __len__(self) -> int:
@@ -79,7 +81,7 @@ class Replay:
         Raises ValueError, and changes nothing, if a log-reward is not finite or the tensors are not like those here.
         """
         if len(trajectories):
-            self._store.add(trajectories.to("cpu"))
+            self._store.add(self._keep(trajectories).to("cpu"))
 
     def sample(self, count: int, generator: Generator) -> Trajectories:
         """`count` trajectories by the rule. Raises ValueError if the replay is empty."""
@@ -173,9 +175,9 @@ class ReplaySettings:
         named = self.distance == "hamming" or ":" in self.distance
         require(named, "distance", self.distance, "hamming or module:function")
 
-    def build(self, objects: ObjectsOf = final_states) -> Replay:
+    def build(self, objects: ObjectsOf = final_states, keep: Keep = lambda it: it) -> Replay:
         """An empty replay of these settings. objects: how trajectories give the objects that `distance` takes, such as
-        `Policy.objects`. Raises ValueError where the distance cannot be found."""
+        `Policy.objects`. keep: see `Replay`. Raises ValueError where the distance cannot be found."""
         rule = self._rules()[self.rule]
         if self.recent_probability and not self.per_condition:
             rule = Mixture(self.recent_probability, rule)
@@ -186,7 +188,7 @@ class ReplaySettings:
             rule = Diverse(rule, self.candidates, Pairwise(function), objects)
         if self.per_condition:
             rule = PerCondition(rule, self.per_condition, self.recent_probability)
-        return Replay(self.capacity, rule, self.per_condition_capacity)
+        return Replay(self.capacity, rule, self.per_condition_capacity, keep)
 
     def _rules(self) -> dict[str, Rule]:
         require(0 < self.rank_weight < float("inf"), "rank_weight", self.rank_weight, "above 0")

@@ -43,7 +43,9 @@ def test_every_string_is_enumerated_once_and_the_start_is_far_from_the_target() 
     ],
 )
 def test_balance_reaches_the_exact_distribution_whoever_wrote(objective: str, behaviour: str) -> None:
-    found = measure(objective, behaviour, 0, SMALL)
+    # A learned log Z takes longest from uniform tokens, how long is up to the starting model.
+    slow = objective == "tb" and behaviour == "uniform"
+    found = measure(objective, behaviour, 0, replace(SMALL, iterations=800) if slow else SMALL)
     assert float(str(found["total_variation"])) < 0.05
     assert float(str(found["log_z_error"])) < 0.05
 

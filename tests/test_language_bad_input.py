@@ -12,7 +12,7 @@ import pytest
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from headwater.cli import main
-from headwater.language.palindromes import make_palindrome_model
+from palindromes import make_palindrome_model
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_it_is_told_before_there_is_a_run(
         with pytest.raises(SystemExit) as ended:
             main([
                 "train", "language", "--model", str(good), "--prompts", str(good / "prompts.jsonl"), "--reward",
-                "headwater.language.palindromes:palindrome_reward", "--sampling.max-new-tokens", "8",
+                "palindromes:palindrome_reward", "--sampling.max-new-tokens", "8",
                 "--training.iterations", "1", "--quiet", "--out", str(out), *(flag.format(**filled) for flag in flags),
             ])  # fmt: skip
     errors = capsys.readouterr().err

@@ -18,7 +18,6 @@ from headwater.language.data import Prompt
 from headwater.language.failures import InvalidSample, TryAgain
 from headwater.language.generation import Sampling
 from headwater.language.loading import load_model, load_tokenizer
-from headwater.language.palindromes import make_palindrome_model, prompts
 from headwater.language.policy import LanguagePolicy
 from headwater.language.recipe import LanguageRecipe
 from headwater.language.verifier import VerifierReward
@@ -27,6 +26,7 @@ from headwater.replay import ReplaySettings
 from headwater.search import SearchSettings
 from headwater.search.asynchronous import AsynchronousSearch, Delivery
 from headwater.training import ExplorationSettings, Sharpness, Trainer, Training
+from palindromes import make_palindrome_model, prompts
 
 VALUE = 0.25  # of every completion that was judged: a zero can only be a failure
 
@@ -140,7 +140,7 @@ def test_a_searcher_that_is_killed_is_replaced_and_nothing_is_learned_from_twice
 def arguments(model: Path, out: Path, *more: str) -> list[str]:
     return [
         "train", "language", "--model", str(model), "--prompts", str(model / "prompts.jsonl"), "--reward",
-        "headwater.language.palindromes:palindrome_reward", "--sampling.max-new-tokens", "8", "--samples", "12",
+        "palindromes:palindrome_reward", "--sampling.max-new-tokens", "8", "--samples", "12",
         "--completions", "2", "--training.iterations", "16", "--training.batch-size", "8", "--training.group-size", "4",
         "--training.replayed", "8", "--replay.per-condition", "4", "--training.checkpoint-every", "4",
         "--training.log-every", "4", "--training.evaluate-every", "16", "--quiet", "--out", str(out), *more,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from headwater.language.palindromes import make_palindrome_model
 from headwater.runs import Run
+from palindromes import make_palindrome_model
 from test_kill import TIMES, Driver
 
 VARIANTS = {

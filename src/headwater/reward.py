@@ -196,9 +196,7 @@ class CachedReward:
         if capacity < 0:
             raise ValueError(f"capacity is {capacity}, must be at least 0")
         self.capacity = capacity
-        self.requested = 0
-        self.evaluated = 0
-        self.failed = 0
+        self.requested = self.evaluated = self.failed = 0
         self.table: ObjectTable | None = None
         self.paid: list[tuple[Objects, list[float]]] | None = None
         self._reward = reward

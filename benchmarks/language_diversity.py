@@ -26,7 +26,6 @@ import torch
 
 from headwater.language.data import Prompt, read_prompts
 from headwater.language.evaluation import pass_at_k
-from headwater.language.palindromes import make_palindrome_model, palindrome_reward
 from headwater.language.verifier import VerifierReward
 from headwater.objectives import Objective
 from headwater.replay import ReplaySettings
@@ -34,6 +33,7 @@ from headwater.runs import provenance
 from headwater.search import SearchSettings
 from headwater.training import Sharpness, Trainer
 from language_runs import RESULTS, WORK, Arm, draw, new_trainer, plus_minus
+from palindromes import make_palindrome_model, palindrome_reward
 
 UPDATES, MODES, EACH = 1000, 216, 256
 REPLAY = ReplaySettings(capacity=20_000, rule="stratified", share=0.3, quantile=0.9, recent_probability=0.3,

@@ -6,13 +6,16 @@ from __future__ import annotations
 
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from headwater.cli import main
-from headwater.language.palindromes import make_palindrome_model
+from headwater.language.recipe import LanguageRecipe
+from palindromes import make_palindrome_model
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +24,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("given")
     names = ("good", "headless", "no_tokenizer", "no_weights", "broken_weights", "other_tokenizer", "no_model")
     found = {name: folder / name for name in names}
-    make_palindrome_model(found["good"])
+    make_palindrome_model(found["good"], steps=16)
     for name in names[1:-1]:
         shutil.copytree(found["good"], found[name])
     found["no_model"].mkdir()
@@ -37,6 +40,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     LlamaForCausalLM(other).save_pretrained(found["other_tokenizer"])
     for name, lines in {
         "long": ['{"prompt": "0:", "answer": "0"}', '{"prompt": "' + "1" * 400 + '", "answer": "0"}'],
+        "broken": ['{"prompt": "0:", "answer": "0"}', '{"prompt": '],
+        "empty": [],
         "unanswered": ['{"prompt": "0:", "answer": "0"}', '{"prompt": "1:"}', '{"prompt": "2:", "answer": "0"}'],
     }.items():
         found[name] = folder / f"{name}.jsonl"
@@ -47,6 +52,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
+        (["--model", "/nowhere/at/all"], ["model = '/nowhere/at/all': there is no such folder"]),
         (["--model", "{no_model}"], ["model = '{no_model}'", "cannot be loaded as a causal language model"]),
         (["--model", "{no_weights}"], ["model = '{no_weights}'", "model.safetensors"]),
         (["--model", "{broken_weights}"], ["model = '{broken_weights}'", "cannot be loaded"]),
@@ -54,11 +60,20 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         (["--model", "{no_tokenizer}"], ["model = '{no_tokenizer}'", "no tokenizer", "serialization file"]),
         (["--model", "{other_tokenizer}"], ["prompts.jsonl, line 2", "vocabulary", "belongs to another model"]),
         (["--prompts", "{long}"], ["{long}, line 2 has 40", "context of 256"]),
+        (["--prompts", "{broken}"], ["{broken}, line 2: no JSON"]),
+        (["--prompts", "{empty}"], ["{empty}: there are no prompts in it"]),
         (["--prompts", "{no_model}"], ["{no_model}: must be a file of prompts"]),
         (["--prompts", "{unanswered}", "--reward", "math"], ["{unanswered}, line 2 ('1:') has no answer"]),
+        (["--reward", "beauty"], ["reward is 'beauty', must be math, preference, or a function"]),
+        (["--reward", "no_such_module:judge"], ["verifier 'no_such_module:judge': there is no module no_such_module"]),
         (["--reward", "preference", "--reward-model", "{good}"], ["'{good}': has no weights for score.weight"]),
         (["--reward", "preference", "--reward-model", "{no_model}"], ["reward model '{no_model}'", "no tokenizer"]),
         (["--lora.rank", "2", "--lora.targets", "nothing"], ["lora.targets = nothing", "all-linear", "q_proj"]),
+        (["--template", "{{nonsense}}"], ["line 1: the template asks for 'nonsense'"]),
+        (["--device", "cuda:7"], ["device = 'cuda:7': auto, cpu, or a device that is there"]),
+        (["--training.replayed", "6"], ["training.replayed = 6: must be a multiple of replay.per_condition = 20"]),
+        (["--training.batch-size", "6"], ["training.batch_size = 6: must be a multiple of group_size = 20"]),
+        (["--replay.per-condition-capacity", "3"], ["per_condition_capacity is 3", "per_condition = 20"]),
         (["--reset-every", "-1"], ["reset_every = -1: must not be negative"]),
         (["--vllm.url", "localhost"], ["url = 'localhost': must be like http://host:8000"]),
         (["--vllm.url", "http://127.0.0.1:{port}", "--vllm.start", "0.2"], ["vllm.url = ", "no healthy server"]),
@@ -74,7 +89,7 @@ def test_it_is_told_before_there_is_a_run(
         with pytest.raises(SystemExit) as ended:
             main([
                 "train", "language", "--model", str(good), "--prompts", str(good / "prompts.jsonl"), "--reward",
-                "headwater.language.palindromes:palindrome_reward", "--sampling.max-new-tokens", "8",
+                "palindromes:palindrome_reward", "--sampling.max-new-tokens", "8",
                 "--training.iterations", "1", "--quiet", "--out", str(out), *(flag.format(**filled) for flag in flags),
             ])  # fmt: skip
     errors = capsys.readouterr().err
@@ -83,3 +98,19 @@ def test_it_is_told_before_there_is_a_run(
     assert "Traceback" not in errors
     assert ended.value.code == 2
     assert not out.exists()
+
+
+def test_a_recipe_without_model_or_prompts_says_what_to_name() -> None:
+    with pytest.raises(ValueError, match="model: name a causal language model"):
+        LanguageRecipe()
+    with pytest.raises(ValueError, match="prompts: name a file"):
+        LanguageRecipe(model="somewhere")
+
+
+def test_without_transformers_the_error_names_the_extra_and_other_recipes_are_listed() -> None:
+    hidden = "import sys, importlib.util as u; find = u.find_spec; "
+    hidden += "u.find_spec = lambda name, *more: None if name == 'transformers' else find(name, *more); "
+    hidden += "from headwater.cli import main; main(['list'])"
+    done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, timeout=120, check=True)
+    assert "pip install 'headwater[language]'" in done.stdout
+    assert "hypergrid" in done.stdout

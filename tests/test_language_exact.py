@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from language_exact import Benchmark, Exact, build_policy, measure, page
 
@@ -43,7 +39,9 @@ def test_every_string_is_enumerated_once_and_the_start_is_far_from_the_target() 
     ],
 )
 def test_balance_reaches_the_exact_distribution_whoever_wrote(objective: str, behaviour: str) -> None:
-    found = measure(objective, behaviour, 0, SMALL)
+    # A learned log Z takes longest from uniform tokens, how long is up to the starting model.
+    slow = objective == "tb" and behaviour == "uniform"
+    found = measure(objective, behaviour, 0, replace(SMALL, iterations=800) if slow else SMALL)
     assert float(str(found["total_variation"])) < 0.05
     assert float(str(found["log_z_error"])) < 0.05
 

@@ -123,6 +123,37 @@ def test_a_comparing_process_that_hangs_dies_or_has_no_memory_gives_nan(
     reward.close()
 
 
+def test_a_reference_that_is_no_mathematics_makes_no_answer_wrong(caplog: pytest.LogCaptureFixture) -> None:
+    asked = [
+        Prompt(f"prompt {i}", answer, {}, f"prompts.jsonl, line {i + 1}")
+        for i, answer in enumerate(["6:00 p.m.", "\\frac{", "}{", "unused", "1/0", "\\frac{1}{2}"])
+    ]
+    reward = MathReward(asked, timeout=60)
+    answers = ["6:00 p.m.", "5:00 p.m.", "18", "3", "\\frac{1}{2}", "}{", "5", "}{"]
+    with caplog.at_level(logging.WARNING):
+        found = reward(completions(*(f"#### {one}" for one in answers)), row(0, 0, 0, 1, 2, 2, 4, 5))
+    assert found.tolist() == [1, NAN, NAN, NAN, NAN, 1, NAN, 0]
+    assert reward.failures == {"reference": 4, "crash": 1}
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 4  # of each reference once
+    assert all(any(f"prompts.jsonl, line {line}, " in message for message in told) for line in (1, 2, 3, 5))
+    reward.close()
+
+
+def test_an_error_of_what_compares_is_none_of_the_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from headwater.language import equality
+
+    def fails(one: object, other: object, **how: object) -> bool:
+        if isinstance(other, str):
+            return one == other
+        raise TypeError("cannot determine truth value")
+
+    monkeypatch.setattr(equality, "verify", fails)
+    with pytest.raises(TypeError, match="truth value"):
+        equality._equal("x^2", "2x")
+    assert equality._equal("x^2", "x^2")  # as text
+
+
 def test_a_comparison_works_off_the_main_thread(judge: MathReward) -> None:
     found: list[list[float]] = []
     thread = threading.Thread(target=lambda: found.append(judge(completions("\\boxed{x*x+1}"), row(2)).tolist()))

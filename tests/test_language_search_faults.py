@@ -25,7 +25,6 @@ from headwater.language.data import Completion, Prompt
 from headwater.language.failures import TryAgain
 from headwater.language.generation import Sampling
 from headwater.language.loading import load_model, load_tokenizer
-from headwater.language.palindromes import make_palindrome_model, prompts
 from headwater.language.policy import LanguagePolicy
 from headwater.language.verifier import VerifierReward
 from headwater.objectives import Objective
@@ -35,6 +34,7 @@ from headwater.search import SearchSettings
 from headwater.search.asynchronous import AsynchronousSearch, Delivery
 from headwater.training import ExplorationSettings, Sharpness, Trainer, Training
 from headwater.trajectories import Trajectories
+from palindromes import make_palindrome_model, prompts
 
 VALUE = 0.25
 """The reward of every completion that could be judged: anything else in a batch can only be a failure."""

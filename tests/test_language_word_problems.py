@@ -25,7 +25,8 @@ pytest.importorskip("transformers")
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from headwater.language import palindromes, warm_start
+import palindromes
+from headwater.language import warm_start
 from headwater.language.warm_start import WarmStart, WarmStartError, make_word_problem_model
 
 TINY = WarmStart(

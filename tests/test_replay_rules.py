@@ -217,3 +217,10 @@ def test_settings_build_the_rule_that_they_name() -> None:
 def test_an_illegal_setting_is_named(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"{field} is .*, must be"):
         ReplaySettings(**{field: value})  # type: ignore[arg-type]
+
+
+def test_there_must_be_room_for_a_group_of_each_condition() -> None:
+    with pytest.raises(ValueError, match=r"per_condition_capacity is 3, must be 0, .* at least per_condition = 4"):
+        ReplaySettings(per_condition=4, per_condition_capacity=3)
+    for room in (0, 4):
+        ReplaySettings(per_condition=4, per_condition_capacity=room)

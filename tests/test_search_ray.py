@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import subprocess
 import sys
@@ -178,15 +179,25 @@ def test_a_polite_kill_leaves_a_checkpoint_and_a_reward_with_a_time_limit_search
         "--training.iterations", "100000", "--training.log-every", "5", "--network.width", "16",
     ]  # fmt: skip
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    metrics, until = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
+    metrics, until = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 300
+    try:
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 130, said
     assert "headwater resume run" in said
-    checkpoint = Run.open(tmp_path / "run").latest_checkpoint()
+    run = Run.open(tmp_path / "run")
+    checkpoint = run.latest_checkpoint()
     assert checkpoint is not None
     assert checkpoint.iteration >= 10
+    kept = run.objects(None).to_pydict()  # what the actor has scored is in the learner's table
+    assert "worker 0" in kept["origin"]
+    assert len(kept["object"]) > 50
+    assert max(kept["iteration"]) > 0
+    expected = [word.count("A") * math.log(2) for word in kept["object"]]
+    assert kept["log_reward"] == pytest.approx(expected, abs=1e-5)

@@ -189,16 +189,16 @@ class CachedReward:
     evaluated: those of them that went to `reward`.
     failed:    those of these that it failed on.
     table:     where they are kept; None for nowhere.
+    paid:      objects that went to `reward` with what it said, for who takes them from this list; None for nobody.
     """
 
     def __init__(self, reward: Reward, capacity: int = CACHE_CAPACITY) -> None:
         if capacity < 0:
             raise ValueError(f"capacity is {capacity}, must be at least 0")
         self.capacity = capacity
-        self.requested = 0
-        self.evaluated = 0
-        self.failed = 0
+        self.requested = self.evaluated = self.failed = 0
         self.table: ObjectTable | None = None
+        self.paid: list[tuple[Objects, list[float]]] | None = None
         self._reward = reward
         self._text: Callable[[Objects], Sequence[str]] = list
         self._known: OrderedDict[Hashable, float] = OrderedDict()
@@ -218,6 +218,13 @@ class CachedReward:
         """
         self.table, self._text = table, text
         self._repeated = set(table.trained_on_from(resumed_at)) if self.capacity else set()
+
+    def record(self, paid: Sequence[tuple[Objects, Sequence[float]]], origin: str, iteration: int) -> None:
+        """Put into the table, if there is one, what a copy elsewhere has `paid` for."""
+        if self.table is not None:
+            self.table.origin, self.table.iteration = origin, iteration
+            for objects, values in paid:
+                self.table.record(self._text(objects), values)
 
     def count_repeated(self) -> None:
         """Count at once what `keep_in` would have counted when it came up again: for copies of this cache in other
@@ -270,6 +277,8 @@ class CachedReward:
         self.failed += sum(map(math.isnan, values))
         if self.table is not None:
             self.table.record(texts, values, seconds)
+        if self.paid is not None:
+            self.paid.append((objects, values))
         return log_reward
 
 

@@ -7,39 +7,59 @@ from __future__ import annotations
 
 import logging
 import resource
+from itertools import product
 from typing import cast
 
 from math_verify import parse, verify
 
 MEMORY_LIMIT = 8 << 30
 """Bytes of address space of the process that decides."""
+_UNDECIDED = (MemoryError, RecursionError)  # of this process, not of what it reads
 
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns that its time-outs are off, and of each answer
 
 
+class UnreadableReference(ValueError):
+    """The reference answer is no mathematics, so that an answer in other words may be right or wrong."""
+
+
 def equal(pairs: list[object]) -> list[float]:
-    """1 or 0 for each pair (reference, answer) of texts. What cannot be parsed or compared is not equal."""
+    """1 or 0 for each pair (reference, answer) of texts. An answer that is no mathematics is not equal.
+
+    Raises UnreadableReference, and whatever math-verify raises where it cannot compare: neither says anything about
+    the answer.
+    """
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, resource.getrlimit(resource.RLIMIT_AS)[1]))
     return [float(_equal(*cast("tuple[str, str]", pair))) for pair in pairs]
 
 
 def _equal(reference: str, answer: str) -> bool:
-    return any(_same(one, other) for one in _parsed(reference) for other in _parsed(answer))
-
-
-def _same(one: object, other: object) -> bool:
     try:
-        return bool(verify(one, other, timeout_seconds=None, raise_on_error=True))
-    except (MemoryError, RecursionError):  # it could not be decided
+        wanted = _parsed(reference)
+    except _UNDECIDED:
+        raise
+    except Exception as error:
+        raise UnreadableReference(f"{type(error).__name__}: {error}") from error
+    try:
+        given = _parsed(answer)
+    except _UNDECIDED:
         raise
     except Exception:
-        return False
+        given = []
+    failed: Exception | None = None
+    for one, other in product(wanted, given):
+        try:
+            if verify(one, other, timeout_seconds=None, raise_on_error=True):
+                return True
+        except Exception as error:  # what follows may be equal, as plain text
+            failed = error
+    if failed is not None:
+        raise failed
+    if all(isinstance(one, str) for one in wanted):
+        raise UnreadableReference("no mathematics that math-verify can read")
+    return False
 
 
 def _parsed(text: str) -> list[object]:
-    try:
-        return parse(f"\\boxed{{{text}}}", parsing_timeout=None, raise_on_error=True)
-    except (MemoryError, RecursionError):
-        raise
-    except Exception:
-        return []
+    """What it may mean: an expression, if it is one, and plain text."""
+    return parse(f"\\boxed{{{text}}}", parsing_timeout=None, raise_on_error=True)

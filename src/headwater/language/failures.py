@@ -50,9 +50,10 @@ class FailureCount:
         self._last = message
         if message not in self._reported and len(self._reported) < _MOST_REPORTS:
             self._reported.add(message)
+            place = f"{prompt.place}, " if prompt.place else ""
             _log.warning(
-                "no reward of %s to %s: %s (%s); it is left out, like others that fail so",
-                shortened(completion), shortened(prompt.text), message, kind,
+                "no reward of %s to %s%s: %s (%s); it is left out, like others that fail so",
+                shortened(completion), place, shortened(prompt.text), message, kind,
             )  # fmt: skip
 
     def end_batch(self, completions: int, failed: int) -> None:

@@ -90,16 +90,6 @@ class LanguagePolicy(Policy):
         written = writer.generate([self.prompts[n].tolist() for n in numbers], sampling, seed)
         return self.trajectories(condition, written)
 
-    @contextmanager
-    def writing_here(self) -> Iterator[None]:
-        """For a while, completions are written by this process, whoever writes them otherwise: a server that another
-        searches with is left alone."""
-        remote, self.remote = self.remote, None
-        try:
-            yield
-        finally:
-            self.remote = remote
-
     @torch.no_grad()
     def trajectories(self, condition: Tensor, written: Sequence[Generated]) -> Trajectories:
         """Completions, however they were written, as trajectories of the conditions `[T, 1]`."""

@@ -20,6 +20,7 @@ from headwater.reward import Reward
 from headwater.reward_worker import Failure, RewardError, Worker
 
 _REMEMBERED = 100_000
+_KINDS = {"no answer within": "timeout", "UnreadableReference": "reference"}  # by how the worker's message begins
 
 
 def build_reward(
@@ -50,8 +51,9 @@ class MathReward(Judge):
 
     The answer is what follows the last ####, or is in the last \\boxed{...}, or is the last number. Numbers in digits
     are compared exactly; anything else by math-verify, in a process that is killed after `timeout` seconds. No answer
-    is reward 0. A comparison that hung or crashed is NaN, counted in `failures` as "timeout" or "crash": it says
-    nothing about the completion.
+    is reward 0. A comparison that came to nothing is NaN, for it says nothing about the completion, and counted in
+    `failures`: "timeout"; "reference", where the reference is no mathematics and the answer is not the same text;
+    "crash", where math-verify raised or its process ended.
 
     Raises RewardError if a prompt has no reference answer, or if math-verify is missing.
     """
@@ -116,8 +118,11 @@ class MathReward(Judge):
         try:
             (self._known[pair],) = self._worker.call([pair])
         except Failure as failure:
-            kind = "timeout" if str(failure).startswith("no answer within") else "crash"
-            return kind, f"comparing {shortened(pair[0])} with {shortened(pair[1])}: {failure}"
+            kind = next((kind for said, kind in _KINDS.items() if str(failure).startswith(said)), "crash")
+            compared = f"the answer {shortened(pair[0])}"
+            if kind != "reference":
+                compared += f" compared with {shortened(pair[1])}"
+            return kind, f"{compared}: {failure}"
         return None
 
 

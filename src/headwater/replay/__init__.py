@@ -171,6 +171,9 @@ class ReplaySettings:
         require(0 <= self.recent_probability <= 1, "recent_probability", self.recent_probability, "from 0 to 1")
         for name in ("per_condition", "per_condition_capacity"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        group, room = self.per_condition, self.per_condition_capacity
+        legal = f"0, for no limit, or at least per_condition = {group}: a group is of one condition"
+        require(not room or room >= group, "per_condition_capacity", room, legal)
         require(self.candidates >= 1, "candidates", self.candidates, "at least 1")
         named = self.distance == "hamming" or ":" in self.distance
         require(named, "distance", self.distance, "hamming or module:function")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from headwater.policies.base import Exploration
 from headwater.replay import Replay
-from headwater.reward import RewardError
+from headwater.reward import RewardError, cache_of
 from headwater.search.asynchronous import AsynchronousSearch, Delivery, Ended, Event, Raised
 from headwater.search.base import SearchError, SearchSettings
 from headwater.search.ledger import Lease
@@ -44,19 +44,25 @@ def ray_search(
 
 
 class Member:
-    """What lives in an actor: a searcher, with the newest weights that it was given."""
+    """What lives in an actor: a searcher, with the newest weights that it was given.
 
-    def __init__(self, searcher: Searcher, seed: int) -> None:
+    keeps: whether the learner wants to know all that was paid for.
+    """
+
+    def __init__(self, searcher: Searcher, seed: int, keeps: bool) -> None:
         torch.set_num_threads(1)
         torch.manual_seed(seed)
         self.searcher, self.sequence, self.ready = searcher, 0, time.monotonic()
         self.known = searcher.calls
+        self.cache = cache_of(searcher.reward) if keeps else None
 
     def search(
         self, lease: int, count: int, exploration: tuple[float, float], seed: int, version: int, weights: bytes
     ) -> tuple[dict[str, Any], bytes]:
         """Draw and score one batch."""
         began, searcher = time.monotonic(), self.searcher
+        if self.cache is not None:
+            self.cache.paid = []
         if version != searcher.policy.version:
             new = load(weights)
             with torch.no_grad():
@@ -73,6 +79,7 @@ class Member:
             "sequence": self.sequence, "lease": lease, "version": version, "drawn": drawn.drawn,
             "failed": drawn.failed, "failures": dict(drawn.failures), "idle": began - self.ready, "busy": now - began,
             "calls": None if new_calls is None else (new_calls.requested, new_calls.evaluated),
+            "paid": [] if self.cache is None else self.cache.paid,
         }  # fmt: skip
         self.known, self.sequence, self.ready = calls, self.sequence + 1, now
         return header, _packed(drawn.trajectories.tensors())
@@ -85,7 +92,8 @@ class Actors:
         self._owns_cluster = not ray.is_initialized()
         if self._owns_cluster:
             _join(settings)
-        self._drawing = searcher.drawing
+        self._drawing, self._cache = searcher.drawing, cache_of(searcher.reward)
+        self._keeps = self._cache is not None and self._cache.table is not None
         if searcher.device.type != "cpu" and not settings.gpus:
             searcher = on_cpu(searcher)
         try:
@@ -102,11 +110,13 @@ class Actors:
             resources=settings.custom_resources,
         )  # fmt: skip
         self._actors: dict[int, Any] = {}
+        self._places: dict[int, int] = {}
         self._pending: dict[Any, int] = {}
         self._version, self._weights = 0, ray.put(b"")
 
     def start(self, searcher: int, place: int) -> None:
-        self._actors[searcher] = self._make.remote(self._member, torch.initial_seed() + 1 + searcher)
+        self._places[searcher] = place
+        self._actors[searcher] = self._make.remote(self._member, torch.initial_seed() + 1 + searcher, self._keeps)
 
     def lease(self, searcher: int, lease: Lease) -> None:
         actor = self._actors.get(searcher)
@@ -158,6 +168,8 @@ class Actors:
             return Ended(searcher, f"ended: {_told(error)}")
         if "raised" in header:
             return Raised(searcher, _error(header["raised"], header["message"], header["traceback"]))
+        if self._cache is not None:
+            self._cache.record(header["paid"], f"worker {self._places[searcher]}", header["version"])
         return Delivery(
             searcher=searcher, sequence=header["sequence"], lease=header["lease"], version=header["version"],
             drawn=Drawn(

@@ -17,8 +17,7 @@ from headwater.language.warm_start import fit, labelled, length_sorted_batches, 
 SYMBOLS = "012345"
 HALF = 3
 LENGTH = 2 * HALF
-_STEPS, _BATCH = 150, 64
-"""Steps of training, which teach the base model to write six digits and stop, and nothing else."""
+_BATCH = 64
 
 
 def prompts() -> list[str]:
@@ -38,17 +37,19 @@ def palindrome_reward(prompt: Mapping[str, str], completion: str) -> float:
     return float(right_form and _sum(completion[:HALF]) % len(SYMBOLS) == int(prompt["answer"]))
 
 
-def make_palindrome_model(folder: Path, seed: int = 0) -> None:
+def make_palindrome_model(folder: Path, seed: int = 0, steps: int = 150) -> None:
     """Write a folder of `transformers` whose model draws all strings of six digits about equally often, whatever the
     prompt, and prompts.jsonl (`prompt`, `answer`) beside it. It takes seconds.
+
+    steps: of training, 16 or more, which teach the model to write six digits and stop, and nothing else.
     """
     generator = random.Random(seed)
-    texts = ["".join(generator.choices(SYMBOLS, k=LENGTH)) for _ in range(_STEPS * _BATCH)]
+    texts = ["".join(generator.choices(SYMBOLS, k=LENGTH)) for _ in range(steps * _BATCH)]
     tokenizer = train_tokenizer([*prompts(), *SYMBOLS])
     model = new_model(tokenizer, width=64, layers=2, heads=2, seed=seed)
     examples = labelled(tokenizer, [generator.choice(prompts()) for _ in texts], texts)
     batches = length_sorted_batches(examples, _BATCH, generator)
-    for _ in islice(fit(model, batches, learning_rate=0.003, warm_up=20), _STEPS):
+    for _ in islice(fit(model, batches, learning_rate=0.003, warm_up=20), steps):
         pass
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"prompt": prompt, "answer": str(c)}) for c, prompt in enumerate(prompts())]

@@ -152,7 +152,7 @@ class ConvolutionalNetwork(Network):
             down_block_types=("DownBlock2D",) * plain + ("AttnDownBlock2D",) * with_attention,
             up_block_types=("AttnUpBlock2D",) * with_attention + ("UpBlock2D",) * plain,
             norm_num_groups=4, attention_head_dim=max(4, width // 4),
-        )  # fmt: skip
+        ).eval()  # fmt: skip
         self._settings: dict[str, NetworkSetting] = {
             "shape": list(shape), "width": width, "blocks": blocks, "levels": levels,
             "learned_variance": self.learned_variance,
@@ -183,8 +183,8 @@ class ImplicitProcess(GaussianProcess):
     eta: float = 1.0
 
     def law(self, prediction: Tensor, state: Tensor, number: Tensor) -> GaussianLaw:
-        alpha, sigma, towards, deviation = (
-            per_chain(self._at(name, number), state) for name in ("alpha", "sigma", "towards", "deviation")
+        alpha, sigma, towards, left = (
+            per_chain(self._at(name, number), state) for name in ("alpha", "sigma", "towards", "left")
         )
         if self.parametrisation == "noise":
             noise = prediction
@@ -192,15 +192,16 @@ class ImplicitProcess(GaussianProcess):
             noise = alpha * prediction + sigma * state
         else:
             noise = (state - alpha * prediction) / sigma
-        left = (1 - towards.square() - deviation.square()).clamp(min=0).sqrt()
         mean = towards * self.predicted_data(prediction, state, number) + left * noise
-        return GaussianLaw(mean, deviation.flatten())
+        return GaussianLaw(mean, self._at("deviation", number))
 
     @cached_property
     def _tables(self) -> dict[str, Tensor]:
         signal, aims = ([alpha**2 for alpha in alphas] for alphas in (self.alphas[:-1], self.towards))
-        deviation = torch.tensor(_implicit_deviations(signal, aims, self.eta))
-        return super()._tables | {"towards": torch.tensor(self.towards), "deviation": deviation}
+        deviations = _implicit_deviations(signal, aims, self.eta)
+        left = [math.sqrt(max(1 - aim - one**2, 0.0)) for aim, one in zip(aims, deviations, strict=True)]
+        own = {"towards": self.towards, "deviation": deviations, "left": left}
+        return super()._tables | {name: torch.tensor(values) for name, values in own.items()}
 
 
 def _process(scheduler: Any, n_steps: int, eta: float) -> tuple[GaussianProcess, int]:

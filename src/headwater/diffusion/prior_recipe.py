@@ -5,6 +5,7 @@ starts from.
 from __future__ import annotations
 
 import atexit
+import math
 import shutil
 import tempfile
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,8 @@ _LARGEST_FOR_MLP = 1024
 _USUAL_SIZE = 20.0
 """Of the numbers of data that a variance-preserving chain can still turn into unit noise."""
 _MEASURED_WHILE_TRAINING, _MEASURED = 256, 2000
+_LARGEST_SHARE_OF_START = 0.01
+"""Of the weights that training starts from, in their moving average at the end."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,13 @@ class PriorRecipe(Recipe):
             raise ValueError("keep_objects: given objects have no reward, and are not kept")
         if self.exploration.epsilon:
             raise ValueError("exploration.epsilon: nothing is explored, the objects are given")
+        iterations, average = self.training.iterations, self.exploration.average
+        if average**iterations > _LARGEST_SHARE_OF_START:
+            most = math.floor(1000 * _LARGEST_SHARE_OF_START ** (1 / iterations)) / 1000
+            raise ValueError(
+                f"exploration.average = {average}: after {iterations} iterations too much of it would be what training "
+                f"started from; take at most {most}, or 0"
+            )
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out = {self.held_out}: must be above 0 and below 1")
         if self.training.replayed:

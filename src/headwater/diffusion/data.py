@@ -181,7 +181,7 @@ def _read_text(path: Path) -> Data:
 def _tokens(path: Path, values: NDArray[Any]) -> Tensor:
     if values.ndim != 2 or values.dtype.kind not in "biu":
         raise ValueError(f"{path}: {values.dtype} of shape {values.shape}; tokens are whole numbers [N, L]")
-    wrong = ((values < 0) | (values >= 65_536)).any(axis=1).nonzero()[0]
+    wrong = np.flatnonzero(np.any((values < 0) | (values >= 65_536), axis=1))
     if len(wrong):
         raise ValueError(f"{path}, row {wrong[0]}: tokens must be from 0 to 65535")
     return torch.from_numpy(values.astype(np.int64))

@@ -229,7 +229,7 @@ def test_settings_that_do_not_go_together_are_refused(points: Path) -> None:
         PriorRecipe()
     for settings, said in (
         ({"held_out": 1.0}, "held_out = 1.0"),
-        ({"average": 0.999}, "exploration.average = 0.999: after 20 .* at most 0.794"),
+        ({"average": 0.999}, "exploration.average = 0.999: after 20 .* at most 0.86"),
         ({"keep_objects": True}, "keep_objects"),
         ({"chain": ChainSettings(clip=0.5), "standardise": True}, "chain.clip = 0.5: the largest number"),
         ({"network": NetworkSettings("transformer"), "standardise": True}, "network.kind = 'transformer'"),

@@ -38,7 +38,7 @@ _LARGEST_FOR_MLP = 1024
 _USUAL_SIZE = 20.0
 """Of the numbers of data that a variance-preserving chain can still turn into unit noise."""
 _MEASURED_WHILE_TRAINING, _MEASURED = 256, 2000
-_LARGEST_SHARE_OF_START = 0.01
+_LARGEST_SHARE_OF_START = 0.05
 """Of the weights that training starts from, in their moving average at the end."""
 
 

@@ -131,6 +131,11 @@ class Policy(nn.Module):
         """Whether `sample_backward` is there to be used."""
         return type(self).sample_backward is not Policy.sample_backward
 
+    def sample_to(self, states: Tensor, condition: Tensor, generator: torch.Generator | None = None) -> Trajectories:
+        """Trajectories to given final states `[T, ...]`, not yet scored, to learn from in the place of new ones. Raises
+        ValueError for a policy that has none."""
+        raise ValueError(f"{type(self).__name__} cannot learn from given objects: it has no trajectories to them")
+
     def published(self) -> dict[str, Tensor]:
         """What a searcher elsewhere must have the newest of, by name: the very tensors, to copy from and into."""
         return dict(self.state_dict())

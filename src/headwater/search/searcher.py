@@ -56,9 +56,9 @@ class Searcher:
     """Draws with `policy` and scores with `reward`.
 
     group_size: how many trajectories share one condition. step_rewards: also score every state on the way, for the
-    objectives that ask for it. given: final states `[N, width]` of objects to walk back from, in the place of drawing
-    new ones. explorer: draws in the place of `policy`, which is its student. local: local search from what was drawn.
-    origin: who asks, in the table of scored objects.
+    objectives that ask for it. given: final states `[N, ...]` of objects for the policy to walk back from, in the place
+    of drawing new ones. explorer: draws in the place of `policy`, which is its student. local: local search from what
+    was drawn. origin: who asks, in the table of scored objects.
     """
 
     policy: Policy
@@ -112,8 +112,6 @@ class Searcher:
         condition = self.conditions.draw(count, self.group_size, generator)
         if self.given is None:
             return self.drawing.sample(condition, exploration, generator)
-        if not isinstance(self.policy, EnvironmentPolicy):
-            raise ValueError("learning from given objects needs a policy over an environment")
         chosen = torch.randint(len(self.given), (count,), generator=generator)
         return self.policy.sample_to(self.given[chosen], condition, generator)
 

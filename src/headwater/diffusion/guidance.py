@@ -1,6 +1,6 @@
 """Samplers of a diffusion posterior that need no training, to compare a trained one with. DPS, LGD-MC and
-pseudo-inverse guidance bend the prior's chain along a gradient, which is biased; twisted SMC corrects by weights what it
-bends, and importance resampling only weighs draws of the prior, so both are right in the limit of many particles.
+pseudo-inverse guidance bend the prior's chain along a gradient, which is biased; twisted SMC corrects by weights what
+it bends, and importance resampling only weighs draws of the prior: both are right in the limit of many particles.
 
 With x^ = E[x | x_k] the prior's prediction of the data, a gradient g of log r in x_k adds sigma_k^2 / alpha_k g to x^:
 Tweedie's formula with the guided score. The mean of the next state then moves by sigma_k|k+1^2 alpha_k+1 / alpha_k g,

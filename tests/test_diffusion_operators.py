@@ -112,7 +112,7 @@ def test_kernels_have_the_spread_that_was_asked_for() -> None:
     assert (gaussian.sum(0) * grid.square()).sum().item() == pytest.approx(2.5**2, rel=1e-3)
     right, up = operators.motion_kernel(8, 0), operators.motion_kernel(8, 90)
     reach = torch.arange(-4.0, 5)
-    # An even movement of length L has variance L^2 / 12, and sharing between two pixels adds t (1 - t), 1 / 6 on average.
+    # An even movement of length L has variance L^2 / 12; sharing between two pixels adds t (1 - t), on average 1 / 6.
     assert (right.sum(0) * reach.square()).sum().item() == pytest.approx(64 / 12 + 1 / 6, rel=0.05)
     assert right[4].sum().item() == pytest.approx(1)
     torch.testing.assert_close(up, right.T)
@@ -249,24 +249,24 @@ def test_settings_build_every_operator(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(name="magic"), "operator.name is 'magic', must be one of identity, inpaint"),
-        (dict(name="blur", factor=2), "operator.factor is of downsample: blur has no such setting"),
-        (dict(name="inpaint"), "inpaint: say what is seen by rows, columns or both"),
-        (dict(name="inpaint", rows="0:1", share=0.5), "given: \\['rows', 'share'\\]"),
-        (dict(name="inpaint", rows="4:9"), "rows is '4:9', must be first:end with 0 <= first < end <= 6"),
-        (dict(name="inpaint", rows="2"), "rows is '2', must be first:end"),
-        (dict(name="inpaint", share=1.5), "share is 1.5, must be above 0 and at most 1"),
-        (dict(name="inpaint", share=1.0, hidden=True), "mask hides everything"),
-        (dict(name="downsample", factor=5), "factor is 5, must divide 6 and 8"),
-        (dict(name="downsample"), "factor is missing"),
-        (dict(name="blur", size=13), "kernel has shape \\(13, 13\\), too large for images 6 x 8"),
-        (dict(name="blur", size=4), "size is 4, must be odd"),
-        (dict(name="blur", angle=4.0), "angle is of a motion kernel"),
-        (dict(name="fourier"), "give either points or mask"),
-        (dict(name="radon", angles=0), "angles is 0, must be at least 1"),
-        (dict(name="phase-retrieval", oversampling=0.5), "oversampling is 0.5, must be at least 1"),
-        (dict(name="dynamic-range", value_range=(1.0, 1.0)), "value_range is \\(1.0, 1.0\\)"),
-        (dict(name="matrix"), "matrix is missing"),
+        ({"name": "magic"}, "operator.name is 'magic', must be one of identity, inpaint"),
+        ({"name": "blur", "factor": 2}, "operator.factor is of downsample: blur has no such setting"),
+        ({"name": "inpaint"}, "inpaint: say what is seen by rows, columns or both"),
+        ({"name": "inpaint", "rows": "0:1", "share": 0.5}, "given: \\['rows', 'share'\\]"),
+        ({"name": "inpaint", "rows": "4:9"}, "rows is '4:9', must be first:end with 0 <= first < end <= 6"),
+        ({"name": "inpaint", "rows": "2"}, "rows is '2', must be first:end"),
+        ({"name": "inpaint", "share": 1.5}, "share is 1.5, must be above 0 and at most 1"),
+        ({"name": "inpaint", "share": 1.0, "hidden": True}, "mask hides everything"),
+        ({"name": "downsample", "factor": 5}, "factor is 5, must divide 6 and 8"),
+        ({"name": "downsample"}, "factor is missing"),
+        ({"name": "blur", "size": 13}, "kernel has shape \\(13, 13\\), too large for images 6 x 8"),
+        ({"name": "blur", "size": 4}, "size is 4, must be odd"),
+        ({"name": "blur", "angle": 4.0}, "angle is of a motion kernel"),
+        ({"name": "fourier"}, "give either points or mask"),
+        ({"name": "radon", "angles": 0}, "angles is 0, must be at least 1"),
+        ({"name": "phase-retrieval", "oversampling": 0.5}, "oversampling is 0.5, must be at least 1"),
+        ({"name": "dynamic-range", "value_range": (1.0, 1.0)}, "value_range is \\(1.0, 1.0\\)"),
+        ({"name": "matrix"}, "matrix is missing"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(settings: dict[str, object], message: str) -> None:

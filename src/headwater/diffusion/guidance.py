@@ -30,7 +30,7 @@ GRAM_LIMIT = 4096
 """Most measured values for pseudo-inverse guidance, which decomposes a matrix of that size squared."""
 
 
-_HOPELESS = -1e6  # log r of a predicted object where it is 0 or failed: the particle may yet come right
+_DOUBT = 5.0  # nats
 
 
 class TransitionLaw(Protocol):
@@ -167,14 +167,10 @@ def pseudo_inverse_guidance(
     """
     if not isinstance(likelihood, GaussianLikelihood) or not likelihood.operator.is_linear:
         raise TypeError("pseudo-inverse guidance is of Gaussian noise on a linear operator")
-    spectrum, vectors = _whitened_gram(likelihood)
-    spectrum, vectors = spectrum.to(condition.device), vectors.to(condition.device)
-    sigma = likelihood.sigma.to(condition.device)
-
-    def climb(data: Tensor, number: int) -> Tensor:
-        residual = (likelihood.residual(data, condition) / sigma).flatten(1) @ vectors
-        return -0.5 * (residual.square() / (1 + _unexplained(process, number, deviation) * spectrum)).sum(1)
-
+    size = math.prod(likelihood.operator.measured)
+    if size > GRAM_LIMIT:
+        raise ValueError(f"y has {size} values, pseudo-inverse guidance takes at most {GRAM_LIMIT}")
+    climb = _marginal(process, likelihood, condition, deviation)
     return _bent(process, denoiser, climb, condition, generator, lambda k: scale * _reach(process, k), limit)
 
 
@@ -187,14 +183,20 @@ def twisted_smc(
     threshold: float = 0.5,
     scale: float = 1.0,
     limit: float = math.inf,
+    deviation: float = 1.0,
 ) -> Draws:
-    """The twisted diffusion sampler (Wu et al. 2023, arXiv 2306.17775): particles that follow the gradient of
-    log r(x^), weighed so that they are of the posterior, and resampled where their effective number falls below
-    `threshold` times N. Each row of `condition` is a particle, all of one posterior: the rows must be equal.
+    """The twisted diffusion sampler (Wu et al. 2023, arXiv 2306.17775): particles that follow the gradient of a guess
+    at log r, weighed so that they are of the posterior whatever the guess, and resampled where their effective number
+    falls below `threshold` times N. Each row of `condition` is a particle of one posterior: the rows must be equal.
+
+    The guess, or twist, is the potential of `pseudo_inverse_guidance` where there is one. Elsewhere it is log r(x^)
+    times the share of the data's variance that x_k explains, if that is Gaussian of `deviation`: log r(x^) by itself is
+    too sure of itself at first, and the weights then hang on few particles.
 
     Raises TypeError where the likelihood is not differentiable, RewardError where r(x) is 0 for every particle.
     """
     _require_one(condition)
+    guess = _twist(process, likelihood, condition, deviation)
     count = len(condition)
     state = process.start(count, generator)
     weight = torch.full((count,), -math.log(count), dtype=torch.float64, device=state.device)
@@ -206,9 +208,9 @@ def twisted_smc(
         with torch.enable_grad():
             state = state.detach().requires_grad_()
             prediction = denoiser(state, process.time(number), condition)
-            log_r = likelihood.log_prob(process.predicted_data(prediction, state, number), condition)
+            log_r = guess(process.predicted_data(prediction, state, number), k)
             gradient = ascent(log_r, state).nan_to_num(0.0, 0.0, 0.0)
-        ahead = log_r.detach().double().nan_to_num(_HOPELESS, neginf=_HOPELESS)
+        ahead = _hopeful(log_r.detach().double())
         weight, log_z = _weighed(weight, log_z, change + ahead - twist)
         twist = ahead
         shift = _limited(scale * _reach(process, k) * gradient, process, k, limit)
@@ -315,12 +317,44 @@ def _unexplained(process: GaussianChain, k: int, deviation: float) -> float:
     return (deviation * sigma) ** 2 / ((alpha * deviation) ** 2 + sigma**2)
 
 
+def _marginal(process: GaussianChain, likelihood: GaussianLikelihood, condition: Tensor, deviation: float) -> Potential:
+    """log N(y; A x^, r_k^2 A A' + sigma^2) without its constant, for a linear A."""
+    spectrum, vectors = (part.to(condition.device) for part in _whitened_gram(likelihood))
+    sigma = likelihood.sigma.to(condition.device)
+
+    def potential(data: Tensor, number: int) -> Tensor:
+        residual = (likelihood.residual(data, condition) / sigma).flatten(1) @ vectors
+        return -0.5 * (residual.square() / (1 + _unexplained(process, number, deviation) * spectrum)).sum(1)
+
+    return potential
+
+
+def _twist(process: GaussianChain, likelihood: Likelihood, condition: Tensor, deviation: float) -> Potential:
+    if (
+        isinstance(likelihood, GaussianLikelihood)
+        and likelihood.operator.is_linear
+        and math.prod(likelihood.operator.measured) <= GRAM_LIMIT
+    ):
+        return _marginal(process, likelihood, condition, deviation)
+
+    def potential(data: Tensor, number: int) -> Tensor:
+        explained = 1 - _unexplained(process, number, deviation) / deviation**2
+        return explained * likelihood.log_prob(data, condition)
+
+    return potential
+
+
+def _hopeful(log_r: Tensor) -> Tensor:
+    """log r of predicted objects, with a little below the lowest where it is 0 or failed: they may yet come right."""
+    known = log_r[log_r.isfinite()]
+    low = float(known.min()) - _DOUBT if len(known) else 0.0
+    return torch.where(log_r.isfinite(), log_r, low)
+
+
 def _whitened_gram(likelihood: GaussianLikelihood) -> tuple[Tensor, Tensor]:
     """Eigenvalues and eigenvectors of A A' divided by sigma on both sides."""
     operator = likelihood.operator
     size = math.prod(operator.measured)
-    if size > GRAM_LIMIT:
-        raise ValueError(f"{operator.title} measures {size} values, pseudo-inverse guidance takes at most {GRAM_LIMIT}")
     units = torch.eye(size, device=next(operator.buffers(), torch.empty(0)).device)
     with torch.no_grad():
         gram = operator(operator.adjoint(units.reshape(size, *operator.measured))).flatten(1).double()

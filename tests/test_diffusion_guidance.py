@@ -33,7 +33,7 @@ class Step:
     mean: Tensor
     deviation: float
 
-    def sample(self, generator: torch.Generator, temperature: float = 1.0) -> Tensor:
+    def sample(self, generator: torch.Generator) -> Tensor:
         return self.mean + self.deviation * torch.randn(self.mean.shape, generator=generator)
 
     def log_prob(self, following: Tensor) -> Tensor:
@@ -44,8 +44,8 @@ class Step:
 class Chain:
     """Ancestral steps, told the mean of the data given the state."""
 
-    alphas: Tensor
-    sigmas: Tensor
+    alphas: tuple[float, ...]
+    sigmas: tuple[float, ...]
     shape: tuple[int, ...]
 
     @property
@@ -60,7 +60,7 @@ class Chain:
 
     def weights(self, k: int) -> tuple[float, float, float]:
         """Of the data and of the state in the next state's mean, and its deviation."""
-        alpha, sigma = self.alphas.tolist(), self.sigmas.tolist()
+        alpha, sigma = self.alphas, self.sigmas
         ratio = alpha[k] / alpha[k + 1]
         added = sigma[k] ** 2 - (ratio * sigma[k + 1]) ** 2
         of_data, of_state = alpha[k + 1] * added / sigma[k] ** 2, ratio * sigma[k + 1] ** 2 / sigma[k] ** 2
@@ -76,12 +76,12 @@ class Chain:
 
 def preserving(steps: int, dimensions: int) -> Chain:
     angle = torch.linspace(0.02, math.pi / 2 - 0.02, steps + 1)
-    return Chain(angle.sin(), angle.cos(), (dimensions,))
+    return Chain(tuple(angle.sin().tolist()), tuple(angle.cos().tolist()), (dimensions,))
 
 
 def exploding(steps: int, dimensions: int) -> Chain:
     sigma = torch.logspace(math.log10(30), -2, steps + 1)
-    return Chain(torch.ones(steps + 1), sigma, (dimensions,))
+    return Chain((1.0,) * (steps + 1), tuple(sigma.tolist()), (dimensions,))
 
 
 class Gaussian:
@@ -290,5 +290,10 @@ def test_what_cannot_be_guided_is_told() -> None:
             guided(chain, denoiser, flat, rows(8), generator)
     with pytest.raises(TypeError, match="Gaussian noise on a linear operator"):
         pseudo_inverse_guidance(chain, denoiser, flat, rows(8), generator)
+    with pytest.raises(ValueError, match="particles is 0, must be at least 1"):
+        lgd_mc(chain, denoiser, LIKELIHOOD, rows(8), generator, particles=0)
+    with pytest.raises(ValueError, match="y has 5000 values, of which pseudo-inverse guidance takes at most 4096"):
+        large = GaussianLikelihood(Matrix((3,), torch.ones(5000, 3)), 1.0)
+        pseudo_inverse_guidance(chain, denoiser, large, rows(8), generator)
     with pytest.raises(ValueError, match="diverged for 8 of 8 objects: lower scale, or set limit"):
         dps(chain, denoiser, FunctionLikelihood(lambda x: x.pow(4).sum(1)), rows(8), generator, scale=1e6)

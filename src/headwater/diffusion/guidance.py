@@ -10,7 +10,7 @@ where sigma_k|k+1^2 is the variance of x_k given x_k+1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -34,7 +34,7 @@ _DOUBT = 5.0  # nats
 
 
 class TransitionLaw(Protocol):
-    def sample(self, generator: torch.Generator, temperature: float = 1.0) -> Tensor: ...
+    def sample(self, generator: torch.Generator) -> Tensor: ...
     def log_prob(self, following: Tensor) -> Tensor: ...
 
 
@@ -54,9 +54,9 @@ class GaussianChain(Chain, Protocol):
     """What is used of a Gaussian process: x_k = alpha_k x + sigma_k e at the grid points 0 to T."""
 
     @property
-    def alphas(self) -> Tensor: ...
+    def alphas(self) -> Sequence[float]: ...
     @property
-    def sigmas(self) -> Tensor: ...
+    def sigmas(self) -> Sequence[float]: ...
     def predicted_data(self, prediction: Tensor, state: Tensor, number: Tensor) -> Tensor: ...
 
 
@@ -85,7 +85,8 @@ class Draws:
     def resampled(self, count: int, generator: torch.Generator) -> Tensor:
         """Objects that all weigh alike, in random order: `[count, *shape]`, by systematic resampling."""
         chosen = _systematic(self.log_weight, count, generator)
-        return self.objects[chosen[torch.randperm(count, generator=generator, device=chosen.device)]]
+        order = torch.randperm(count, generator=generator, device=generator.device)
+        return self.objects[chosen[order.to(chosen.device)]]
 
 
 def dps(
@@ -139,7 +140,7 @@ def lgd_mc(
 
     def climb(data: Tensor, number: int) -> Tensor:
         centres = data.repeat_interleave(particles, 0)
-        noise = torch.randn(centres.shape, generator=generator, device=centres.device)
+        noise = torch.randn(centres.shape, generator=generator, device=generator.device).to(centres.device)
         spread = _unexplained(process, number, deviation) ** 0.5
         log_r = likelihood.log_prob(centres + spread * noise, repeated)
         return log_r.reshape(-1, particles).logsumexp(1) - math.log(particles)
@@ -169,7 +170,7 @@ def pseudo_inverse_guidance(
         raise TypeError("pseudo-inverse guidance is of Gaussian noise on a linear operator")
     size = math.prod(likelihood.operator.measured)
     if size > GRAM_LIMIT:
-        raise ValueError(f"y has {size} values, pseudo-inverse guidance takes at most {GRAM_LIMIT}")
+        raise ValueError(f"y has {size} values, of which pseudo-inverse guidance takes at most {GRAM_LIMIT}")
     climb = _marginal(process, likelihood, condition, deviation)
     return _bent(process, denoiser, climb, condition, generator, lambda k: scale * _reach(process, k), limit)
 
@@ -198,7 +199,7 @@ def twisted_smc(
     _require_one(condition)
     guess = _twist(process, likelihood, condition, deviation)
     count = len(condition)
-    state = process.start(count, generator)
+    state = process.start(count, generator).to(condition.device)
     weight = torch.full((count,), -math.log(count), dtype=torch.float64, device=state.device)
     log_z = torch.zeros((), dtype=torch.float64, device=state.device)
     twist = torch.zeros_like(weight)
@@ -257,7 +258,7 @@ def importance_resampling(
 @torch.no_grad()
 def prior_draws(process: Chain, denoiser: Denoise, condition: Tensor, generator: torch.Generator) -> Tensor:
     """An object of the prior for each row of `condition`: `[N, *shape]`."""
-    state = process.start(len(condition), generator)
+    state = process.start(len(condition), generator).to(condition.device)
     for k in range(process.n_steps):
         number = _numbers(k, state)
         state = process.law(denoiser(state, process.time(number), condition), state, number).sample(generator)
@@ -274,7 +275,7 @@ def _bent(
     limit: float,
 ) -> Draws:
     """The prior's chain, each next state moved by `step(k)` times the gradient of `climb(x^, k)` in x_k."""
-    state = process.start(len(condition), generator)
+    state = process.start(len(condition), generator).to(condition.device)
     for k in range(process.n_steps):
         number = _numbers(k, state)
         with torch.enable_grad():
@@ -292,28 +293,28 @@ def _bent(
 
 def _reach(process: GaussianChain, k: int) -> float:
     """How far the mean of the next state moves with a gradient of log r in x_k. Where x_k is noise alone: nowhere."""
-    alpha = float(process.alphas[k])
-    return _added(process, k) * float(process.alphas[k + 1]) / alpha if alpha else 0.0
+    alpha = process.alphas[k]
+    return _added(process, k) * process.alphas[k + 1] / alpha if alpha else 0.0
 
 
 def _added(process: GaussianChain, k: int) -> float:
     """The variance of x_k given x_k+1, that is, of the noise between them."""
-    ratio = float(process.alphas[k]) / float(process.alphas[k + 1])
-    return float(process.sigmas[k]) ** 2 - (ratio * float(process.sigmas[k + 1])) ** 2
+    ratio = process.alphas[k] / process.alphas[k + 1]
+    return process.sigmas[k] ** 2 - (ratio * process.sigmas[k + 1]) ** 2
 
 
 def _limited(shift: Tensor, process: GaussianChain, k: int, limit: float) -> Tensor:
     """The shift, no longer than what moves x^ by `limit`, root mean square."""
     if limit == math.inf:
         return shift
-    share = float(process.alphas[k + 1]) * _added(process, k) / float(process.sigmas[k]) ** 2  # of x^ in the mean
+    share = process.alphas[k + 1] * _added(process, k) / process.sigmas[k] ** 2  # of x^ in the mean
     length = shift.flatten(1).square().mean(1).sqrt().clamp(min=torch.finfo(shift.dtype).tiny)
     return shift * (limit * share / length).clamp(max=1).reshape(-1, *[1] * (shift.dim() - 1))
 
 
 def _unexplained(process: GaussianChain, k: int, deviation: float) -> float:
     """The variance of the data given x_k, of Gaussian data of one deviation."""
-    alpha, sigma = float(process.alphas[k]), float(process.sigmas[k])
+    alpha, sigma = process.alphas[k], process.sigmas[k]
     return (deviation * sigma) ** 2 / ((alpha * deviation) ** 2 + sigma**2)
 
 
@@ -376,7 +377,7 @@ def _effective(log_weight: Tensor) -> float:
 def _systematic(log_weight: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Indices `[count]`, each as often as its weight says, to within one."""
     upper = log_weight.double().exp().cumsum(0)
-    first = torch.rand(1, generator=generator, dtype=torch.float64, device=upper.device)
+    first = torch.rand(1, generator=generator, dtype=torch.float64, device=generator.device).to(upper.device)
     points = (torch.arange(count, device=upper.device) + first) / count
     return torch.searchsorted(upper / upper[-1], points, right=True).clamp(max=len(upper) - 1)
 

@@ -122,7 +122,7 @@ class GaussianLikelihood(MeasurementLikelihood):
 
     def draw(self, x: Tensor, generator: torch.Generator) -> Tensor:
         clean = self.operator(x)
-        noise = torch.randn(clean.shape, generator=generator, device=clean.device)
+        noise = torch.randn(clean.shape, generator=generator, device=generator.device).to(clean.device)
         return clean + self.sigma.to(clean.device) * noise
 
     def residual(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -164,7 +164,8 @@ class PoissonLikelihood(MeasurementLikelihood):
         return torch.where(_is_count(y), terms, math.nan).flatten(1).sum(1)
 
     def draw(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        return torch.poisson(self.rate(self.operator(x)), generator=generator)
+        rate = self.rate(self.operator(x))
+        return torch.poisson(rate.to(generator.device), generator=generator).to(rate.device)
 
 
 class ClassifierLikelihood(Likelihood):

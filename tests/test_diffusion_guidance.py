@@ -292,8 +292,8 @@ def test_what_cannot_be_guided_is_told() -> None:
         pseudo_inverse_guidance(chain, denoiser, flat, rows(8), generator)
     with pytest.raises(ValueError, match="particles is 0, must be at least 1"):
         lgd_mc(chain, denoiser, LIKELIHOOD, rows(8), generator, particles=0)
+    large = GaussianLikelihood(Matrix((3,), torch.ones(5000, 3)), 1.0)
     with pytest.raises(ValueError, match="y has 5000 values, of which pseudo-inverse guidance takes at most 4096"):
-        large = GaussianLikelihood(Matrix((3,), torch.ones(5000, 3)), 1.0)
         pseudo_inverse_guidance(chain, denoiser, large, rows(8), generator)
     with pytest.raises(ValueError, match="diverged for 8 of 8 objects: lower scale, or set limit"):
         dps(chain, denoiser, FunctionLikelihood(lambda x: x.pow(4).sum(1)), rows(8), generator, scale=1e6)

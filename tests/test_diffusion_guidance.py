@@ -231,6 +231,17 @@ def test_pseudo_inverse_guidance_is_exact_for_an_isotropic_prior(kind: str) -> N
     torch.testing.assert_close(mean, expected, atol=0.03, rtol=0)
 
 
+def test_loss_guidance_of_many_particles_is_exact_for_an_isotropic_prior() -> None:
+    chain = preserving(100, 3)
+    prior = MultivariateNormal(MEAN, 0.49 * torch.eye(3))
+    denoiser = Gaussian(chain, MEAN, prior.covariance_matrix)
+    draws = lgd_mc(chain, denoiser, LIKELIHOOD, rows(2000), seeded(6), particles=40, deviation=0.7)
+    posterior, _ = conditioned(prior, MATRIX, SIGMA, Y)
+    mean, covariance = moments(draws)
+    torch.testing.assert_close(mean, posterior.mean, atol=0.05, rtol=0)
+    torch.testing.assert_close(covariance, posterior.covariance_matrix, atol=0.06, rtol=0)
+
+
 @pytest.mark.parametrize("kind", CHAINS)
 @pytest.mark.parametrize("sampler", ["dps", "dps of another likelihood", "lgd", "pseudo-inverse"])
 def test_guidance_brings_every_condition_nearer_to_its_measurement(sampler: str, kind: str) -> None:

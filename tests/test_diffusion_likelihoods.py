@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import struct
 import sys
 import zlib
@@ -31,6 +32,7 @@ from headwater.diffusion.transforms import PhaseRetrieval
 from headwater.reward_worker import RewardError
 
 NOTHING = torch.zeros(5, 0)
+NAN = pytest.approx(math.nan, nan_ok=True)
 IMAGE = (1, 4, 5)
 
 
@@ -171,9 +173,11 @@ def test_a_function_that_fails_on_one_object_leaves_that_one_out() -> None:
 
     likelihood = FunctionLikelihood(careful)
     x = torch.tensor([[1.0, 2], [10, 0], [3, 4]])
-    assert likelihood(x, NOTHING[:3])[[0, 2]].tolist() == [3, 7]
-    assert likelihood(x, NOTHING[:3]).isnan().tolist() == [False, True, False]
-    assert likelihood.failed == 2
+    assert likelihood(x, NOTHING[:3]).tolist() == [3, NAN, 7]
+    assert likelihood.failed == 1
+    for _ in range(2):  # 29 in a row, and then a good one
+        likelihood(torch.full((29, 2), 10.0), torch.zeros(29, 0)), likelihood(x[:1], NOTHING[:1])
+    assert likelihood.failed == 1 + 2 * 29
     with pytest.raises(
         RewardError, match="failed on each of the last 30 objects; the last time: KeyError: 'too large'"
     ):
@@ -310,6 +314,9 @@ def test_files_that_are_no_measurement_are_named(tmp_path: Path, monkeypatch: py
 
     np.save("pickle.npy", np.array([Harmful()], dtype=object), allow_pickle=True)
     refused("pickle.npy", "pickle.npy: not an array of numbers")
+    assert not Path("harm").exists()
+    Path("raw.npy").write_bytes(pickle.dumps(Harmful()))
+    refused("raw.npy", "raw.npy: not an array of numbers")
     assert not Path("harm").exists()
     np.save("text.npy", np.array(["a"]))
     refused("text.npy", "text.npy: not an array of numbers: <U1")

@@ -94,12 +94,16 @@ class MeasurementLikelihood(Likelihood):
     def draw(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """A measurement of each object: `[N, *measured]`."""
 
+    def clean(self, x: Tensor) -> Tensor:
+        """A(x), `[N, *measured]`, on the device of x, where the operator moves to."""
+        return self.operator.to(x.device)(x)
+
     def measurement(self, condition: Tensor) -> Tensor:
         """y of each object, `[N, *measured]`, or `[1, *measured]` where there is one for all."""
         return condition.reshape(-1, *self.operator.measured) if self.y is None else self.y.to(condition.device)
 
     def compute(self, x: Tensor, condition: Tensor) -> Tensor:
-        return self.log_density(self.measurement(condition), self.operator(x))
+        return self.log_density(self.measurement(condition), self.clean(x))
 
 
 class GaussianLikelihood(MeasurementLikelihood):
@@ -115,19 +119,18 @@ class GaussianLikelihood(MeasurementLikelihood):
             raise ValueError(f"sigma has shape {tuple(self.sigma.shape)}, the operator measures {operator.measured}")
 
     def log_density(self, y: Tensor, clean: Tensor) -> Tensor:
-        sigma = self.sigma.to(clean.device)
-        scaled = (y - clean) / sigma
-        constant = sigma.log().expand(self.operator.measured).sum() + 0.5 * math.log(2 * math.pi) * scaled[0].numel()
-        return -0.5 * scaled.square().flatten(1).sum(1) - constant
+        scaled = (y - clean) / self.sigma.to(clean.device)
+        each = self.sigma.double().log() + 0.5 * math.log(2 * math.pi)
+        return -0.5 * scaled.square().flatten(1).sum(1) - float(each.expand(self.operator.measured).sum())
 
     def draw(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        clean = self.operator(x)
+        clean = self.clean(x)
         noise = torch.randn(clean.shape, generator=generator, device=generator.device).to(clean.device)
         return clean + self.sigma.to(clean.device) * noise
 
     def residual(self, x: Tensor, condition: Tensor) -> Tensor:
         """y - A(x), differentiable: `[N, *measured]`."""
-        return self.measurement(condition) - self.operator(x)
+        return self.measurement(condition) - self.clean(x)
 
 
 class PoissonLikelihood(MeasurementLikelihood):
@@ -164,7 +167,7 @@ class PoissonLikelihood(MeasurementLikelihood):
         return torch.where(_is_count(y), terms, math.nan).flatten(1).sum(1)
 
     def draw(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        rate = self.rate(self.operator(x))
+        rate = self.rate(self.clean(x))
         return torch.poisson(rate.to(generator.device), generator=generator).to(rate.device)
 
 
@@ -197,6 +200,8 @@ class ClassifierLikelihood(Likelihood):
         self.condition_size = 1 if group is None else 0
 
     def compute(self, x: Tensor, condition: Tensor) -> Tensor:
+        if isinstance(self.classifier, torch.nn.Module):
+            self.classifier.to(x.device)
         logits = self.classifier(x)
         if logits.dim() != 2 or len(logits) != len(x):
             raise ValueError(f"the classifier gave logits of shape {tuple(logits.shape)}, must be ({len(x)}, classes)")

@@ -79,7 +79,8 @@ class Draws:
 
     @property
     def effective_sample_size(self) -> float:
-        """1 / sum of squared weights, from 1 to N."""
+        """1 / sum of squared weights, from 1 to N. After resampling it is of the weights since: it does not count the
+        particles that are copies of each other."""
         return _effective(self.log_weight)
 
     def resampled(self, count: int, generator: torch.Generator) -> Tensor:
@@ -192,7 +193,8 @@ def twisted_smc(
 
     The guess, or twist, is the potential of `pseudo_inverse_guidance` where there is one. Elsewhere it is log r(x^)
     times the share of the data's variance that x_k explains, if that is Gaussian of `deviation`: log r(x^) by itself is
-    too sure of itself at first, and the weights then hang on few particles.
+    too sure of itself at first, and the weights then hang on few particles. So `deviation` should be that of the
+    prior's draws: where it is far too small, so is the estimate of log Z.
 
     Raises TypeError where the likelihood is not differentiable, RewardError where r(x) is 0 for every particle.
     """

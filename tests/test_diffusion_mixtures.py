@@ -155,7 +155,9 @@ def test_the_brownian_drift_is_the_gradient_of_the_h_transform() -> None:
     ratio = one.log_prob(points) + points.square().sum(1) / (2 * 3.0)
     h = (ratio - (at[:, None] - points).square().sum(2) / (2 * left)).logsumexp(1)
     (gradient,) = torch.autograd.grad(h.sum(), at)
-    torch.testing.assert_close(denoiser(state, process.time(number), NONE).double(), 3.0 * gradient, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        denoiser(state, process.time(number), NONE).double(), 3.0 * gradient, rtol=1e-4, atol=1e-4
+    )
     origin = denoiser(torch.zeros(1, 2), torch.ones(1), NONE)
     torch.testing.assert_close(origin[0].double(), one.weight @ one.mean, rtol=1e-5, atol=1e-5)
 
@@ -174,15 +176,15 @@ def chain_ends(process: GaussianProcess | BrownianProcess, denoiser: MixtureDeno
     [
         GaussianProcess.of((2,), 60, "cosine", variance="large"),
         GaussianProcess.of((2,), 100, "exploding", variance="small"),
-        BrownianProcess((2,), 240, variance=8.0),
+        BrownianProcess((2,), 120, variance=4.0),
     ],
     ids=["variance-preserving", "variance-exploding", "brownian"],
 )
 def test_a_fine_chain_with_the_closed_form_denoiser_ends_in_the_mixture(process: GaussianProcess) -> None:
     one = mixture("isotropic")
-    ends = chain_ends(process, MixtureDenoiser(one, process), 2500)
+    ends = chain_ends(process, MixtureDenoiser(one, process), 1500)
     shares = one.responsibilities(ends).mean(0)
-    assert float((shares - one.weight).abs().max()) < 0.03
+    assert float((shares - one.weight).abs().max()) < 0.04
     assert float((ends.double().mean(0) - one.weight @ one.mean).abs().max()) < 0.15
     inside = -one.log_prob(ends).mean()
     exact = -one.log_prob(one.sample(20_000, generator(5))).mean()
@@ -192,10 +194,10 @@ def test_a_fine_chain_with_the_closed_form_denoiser_ends_in_the_mixture(process:
 def test_of_one_gaussian_three_steps_of_learned_variance_are_exact() -> None:
     one = GaussianMixture.of(torch.ones(1), torch.tensor([[0.5, -1.0]]), torch.tensor([[0.3, 2.0]]))
     process = GaussianProcess.of((2,), 3, "cosine", variance="learned", final_noise=0.2)
-    ends = chain_ends(process, MixtureDenoiser(one, process), 100_000).double()
+    ends = chain_ends(process, MixtureDenoiser(one, process), 40_000).double()
     alpha, sigma = process.alphas[-1], process.sigmas[-1]
-    torch.testing.assert_close(ends.mean(0), alpha * one.mean[0], atol=0.02, rtol=0)
-    torch.testing.assert_close(ends.var(0), alpha**2 * one.variance[0] + sigma**2, atol=0.03, rtol=0)
+    torch.testing.assert_close(ends.mean(0), alpha * one.mean[0], atol=0.03, rtol=0)
+    torch.testing.assert_close(ends.var(0), alpha**2 * one.variance[0] + sigma**2, atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize(

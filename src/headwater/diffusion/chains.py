@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from headwater.diffusion.laws import GaussianLaw
+from headwater.diffusion.laws import GaussianLaw, Law
 from headwater.diffusion.mixtures import span_of, step_numbers
 from headwater.diffusion.process import BrownianProcess, GaussianProcess, Process
 from headwater.environments.base import Objects
@@ -42,18 +42,43 @@ def draw_chains(
     With the denoiser of the exact posterior mixture as proposal, the weights are even enough for the chain's own log Z
     where weighing draws of the prior (`proposal` = `prior`) is hopeless.
     """
-    state = process.start(len(condition), generator)
+    state = process.start(len(condition), generator).to(condition.device)
     log_ratio = torch.zeros(len(condition), dtype=torch.float64, device=state.device)
     for step in range(process.n_steps):
-        number = torch.full((len(condition),), step, device=state.device)
-        time = process.time(number)
-        law = process.law(proposal(state, time, condition), state, number)
+        law = _law(process, proposal, state, step, condition)
         following = law.sample(generator)
         if proposal is not prior:
-            prior_law = process.law(prior(state, time, condition), state, number)
-            log_ratio = log_ratio + (law.log_prob(following) - prior_law.log_prob(following)).double()
+            of_prior = _law(process, prior, state, step, condition).log_prob(following)
+            log_ratio = log_ratio + (law.log_prob(following) - of_prior).double()
         state = following
     return Chains(state, log_ratio, reward(state, condition).double())
+
+
+@torch.no_grad()
+def walk_back(
+    process: Process,
+    prior: nn.Module,
+    proposal: nn.Module,
+    reward: Reward,
+    objects: Tensor,
+    condition: Tensor,
+    generator: torch.Generator,
+) -> Chains:
+    """Chains that end in `objects`, `[N, *shape]`, drawn backward by the noising process: exact draws of the posterior
+    walked back are what the upper bound on log Z takes."""
+    state, log_ratio = objects, torch.zeros(len(objects), dtype=torch.float64, device=objects.device)
+    for step in reversed(range(process.n_steps)):
+        before = process.noise(state, torch.full((len(objects),), step, device=state.device), generator)
+        ours, of_prior = (
+            _law(process, each, before, step, condition).log_prob(state).double() for each in (proposal, prior)
+        )
+        log_ratio, state = log_ratio + ours - of_prior, before
+    return Chains(objects, log_ratio, reward(objects, condition).double())
+
+
+def _law(process: Process, denoiser: nn.Module, state: Tensor, step: int, condition: Tensor) -> Law:
+    number = torch.full((len(state),), step, device=state.device)
+    return process.law(denoiser(state, process.time(number), condition), state, number)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +137,9 @@ class GaussianChain:
             constant += float((gained / narrowing - 0.5 * narrowing.log()).sum())
             slope = factor * (slope - curvature * shift) / narrowing
             curvature = factor.square() * curvature / narrowing
-            slopes.append(slope), curvatures.append(curvature), constants.append(constant)
+            slopes.append(slope)
+            curvatures.append(curvature)
+            constants.append(constant)
         self._slope, self._curvature = (torch.stack(each[::-1]) for each in (slopes, curvatures))
         self._constant = torch.tensor(constants[::-1], dtype=torch.float64)
 
@@ -160,17 +187,18 @@ class GaussianChainDenoiser(nn.Module):
         prediction = self.chain.prior(state, time, condition)
         law = process.law(prediction, state, number)
         mean, deviation = _rows(law.mean, law.mean), _rows(law.deviation, law.mean)
-        slope, curvature = (table[(number + 1).cpu()].to(state.device) for table in (self.chain._slope, self.chain._curvature))
+        slope, curvature = (
+            table[(number + 1).cpu()].to(state.device) for table in (self.chain._slope, self.chain._curvature)
+        )
         narrowing = 1 + deviation.square() * curvature
         pulled = ((mean + deviation.square() * slope) / narrowing - mean).view(state.shape)
-        learned = _has_learned_variance(process)
-        first = prediction.chunk(2, 1)[0] if learned else prediction
+        first = prediction.chunk(2, 1)[0] if _has_learned_variance(process) else prediction
         # the mean is linear in the prediction: how far it moves with it, seen at the origin
         origin = torch.zeros_like(state)
         at_0, at_1 = (torch.full_like(prediction, value) for value in (0.0, 1.0))
         moves = process.law(at_1, origin, number).mean - process.law(at_0, origin, number).mean
         first = (first.double() + pulled / moves.double()).to(state.dtype)
-        if not learned:
+        if not _has_learned_variance(process):
             return first
         narrow = (deviation / narrowing.sqrt()).view(state.shape)
         return torch.cat((first, span_of(process, state, number, narrow)), 1)

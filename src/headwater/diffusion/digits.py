@@ -1,5 +1,5 @@
-"""Handwritten digits, 8 x 8, as a prior of which everything is known: a kernel density of the images, a mixture of 1,347
-Gaussians, so that the posterior under a linear measurement has a closed form, with many modes where little is seen.
+"""Handwritten digits, 8 x 8, as a prior of which everything is known: a kernel density of the images, that is a mixture
+of 1,347 Gaussians, whose posterior under a linear measurement has a closed form, with many modes where little is seen.
 
 The images are those of scikit-learn (Alpaydin & Kaynak 1998, UCI machine learning repository), read from the installed
 package.
@@ -38,7 +38,7 @@ def load_digits(seed: int = 0) -> tuple[Digits, Digits]:
     """All 1,797 images in random order, the first 1,347 for the prior and the others held out. Raises
     ModuleNotFoundError that names the package, where it is not installed."""
     try:
-        from sklearn.datasets import load_digits as read
+        from sklearn.datasets import load_digits as read  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ModuleNotFoundError as error:
         if error.name != "sklearn":  # it is there, and lacks something itself
             raise

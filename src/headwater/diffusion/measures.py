@@ -1,4 +1,4 @@
-"""How far samples are from a distribution: Wasserstein distances, maximum mean discrepancy, shares of modes and classes.
+"""How far samples are from a distribution: Wasserstein distances, maximum mean discrepancy, shares of modes and so on.
 
 None of them is 0 for a perfect sampler, so each stands beside its floor: what as many exact draws show.
 """

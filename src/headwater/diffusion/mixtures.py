@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -90,6 +90,10 @@ class GaussianMixture:
         """The same mixture on another device."""
         columns = (getattr(self, field.name) for field in fields(self))
         return GaussianMixture(*(None if column is None else column.to(device) for column in columns))  # type: ignore[arg-type]
+
+    def noised(self, alpha: float, sigma: float) -> GaussianMixture:
+        """The law of alpha x + sigma noise: of a chain's ends, with those of its last grid point."""
+        return replace(self, mean=alpha * self.mean, variance=alpha**2 * self.variance + sigma**2)
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """Exact draws: float32 `[count, d]`."""

@@ -51,10 +51,10 @@ def test_log_z_of_the_chain_is_the_mean_reward_of_its_ends(
     process: GaussianProcess | BrownianProcess, reward: QuadraticReward
 ) -> None:
     prior = MixtureDenoiser(GAUSSIAN, process)
-    drawn = draw_chains(process, prior, prior, reward, torch.empty(30_000, 0), generator())
+    drawn = draw_chains(process, prior, prior, reward, torch.empty(100_000, 0), generator())
     assert bool((drawn.log_ratio == 0).all())
-    estimate = float(drawn.log_reward.logsumexp(0)) - math.log(30_000)
-    assert abs(GaussianChain(process, prior, reward).log_z - estimate) < 0.05
+    estimate = float(drawn.log_reward.logsumexp(0)) - math.log(100_000)
+    assert abs(GaussianChain(process, prior, reward).log_z - estimate) < 0.03
 
 
 def test_the_likelihood_of_a_measurement_is_normalised_and_leaves_out_what_is_not_seen() -> None:
@@ -114,3 +114,19 @@ def test_chains_walked_back_from_the_posterior_bound_log_z_from_above() -> None:
     loose = walk_back(process, prior, prior, reward, objects, nothing, generator())
     assert bool((loose.log_ratio == 0).all())
     assert float(loose.log_reward.mean()) > chain.log_z + 0.5
+
+
+def test_the_denoiser_of_the_exact_posterior_is_the_optimal_one_where_both_are_known() -> None:
+    process, reward = CASES[3]
+    prior = MixtureDenoiser(GAUSSIAN, process)
+    matrix, y = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, -2.0]]), torch.tensor([0.9, 1.0])
+    ends = GAUSSIAN.noised(process.alphas[-1], process.sigmas[-1])  # type: ignore[union-attr]
+    posterior = MixtureDenoiser(ends.posterior(matrix, y, 0.4), process, of_ends=True)
+    state, number = process.start(5, generator()), torch.arange(5)
+    optimal = GaussianChain(process, prior, reward).denoiser()
+    law, other = (
+        process.law(each(state, process.time(number), torch.empty(5, 0)), state, number)
+        for each in (optimal, posterior)
+    )
+    torch.testing.assert_close(law.mean, other.mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(law.deviation, other.deviation, rtol=1e-4, atol=1e-4)

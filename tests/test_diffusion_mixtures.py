@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -217,3 +218,19 @@ def test_of_one_gaussian_three_steps_of_learned_variance_are_exact() -> None:
 def test_what_makes_no_sense_is_an_error_that_says_which(build: object, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         build()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("variance", ["large", "learned"])
+@pytest.mark.parametrize("schedule", ["cosine", "exploding"])
+def test_a_denoiser_told_of_the_ends_says_the_same_as_one_told_of_the_data(schedule: str, variance: str) -> None:
+    process = GaussianProcess.of((2,), 6, schedule, "velocity", variance, final_noise=0.3)  # type: ignore[arg-type]
+    if schedule == "exploding":
+        process = replace(process, sigmas=tuple(sigma + 0.3 for sigma in process.sigmas))
+    one, number = mixture("diagonal"), torch.arange(6)
+    ends = one.noised(process.alphas[-1], process.sigmas[-1])
+    state = process.noised(one.sample(6, generator()), number, generator())
+    of_data = MixtureDenoiser(one, process)(state, process.time(number), NONE)
+    of_ends = MixtureDenoiser(ends, process, of_ends=True)(state, process.time(number), NONE)
+    law, other = (process.law(each, state, number) for each in (of_data, of_ends))
+    torch.testing.assert_close(law.mean, other.mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(law.deviation, other.deviation, rtol=1e-4, atol=1e-4)

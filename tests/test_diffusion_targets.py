@@ -37,7 +37,8 @@ def test_the_prior_times_its_ratio_is_the_nine_with_log_z_0() -> None:
     assert abs(float(log_r.logsumexp(0)) - math.log(40_000)) < 0.03
     # all mass of the nine is on modes that the prior has, and each mode has its published weight
     held = prior.responsibilities(nine.sample(20_000, generator())).mean(0)
-    assert int((held > 1e-3).sum()) == 9
+    assert int((held > 1e-3).sum()) == int((nine.weight > 0).sum()) == 9
+    torch.testing.assert_close(held, nine.weight, atol=0.01, rtol=0)
     assert abs(float(held.max()) - 15 / 61) < 0.01
     assert prior.mean[held.argmax()].tolist() == [5.0, 0.0]
     # as a perfect sampler's shares differ from the prior's: 1 - 9 / 25

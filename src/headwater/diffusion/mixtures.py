@@ -103,7 +103,7 @@ class GaussianMixture:
         if self.basis is not None and len(self.basis) == 1:
             away = away @ self.basis[0].mT
         elif self.basis is not None:
-            away = _in_parts(partial(_turned, self.basis, chosen, away), count, self.dimensions**2)
+            away = _in_parts(partial(_turned_each, away, self.basis, chosen), count, self.dimensions**2)
         return (self.mean[chosen] + away).float()
 
     def log_prob(self, points: Tensor) -> Tensor:
@@ -140,6 +140,12 @@ class GaussianMixture:
     def moments(self, points: Tensor, alpha: Tensor, sigma: Tensor) -> Moments:
         """Mean and variance of each coordinate of x given alpha x + sigma noise. alpha, sigma: `[N]`."""
         points, alpha, sigma = _noised(points, alpha, sigma)
+        if self._shares and self.basis is None:  # no [N, K, d] is needed
+            log_joint, mean = self._shared(points, alpha, sigma)
+            share, total = log_joint.softmax(1), alpha.square() * self.variance + sigma.square()
+            left = (self.variance * sigma.square() / total).where(total > 0, self.variance)
+            spread = share @ self.mean.square() - (share @ self.mean).square()
+            return Moments(mean, left + (left / self.variance).square() * spread.clamp(min=0))
 
         def part(rows: slice) -> Tensor:
             log_joint, means, variances = self._each(points[rows], alpha[rows], sigma[rows])
@@ -206,13 +212,13 @@ class GaussianMixture:
         total = (alpha.square()[..., None] * self.variance + sigma.square()[..., None]).clamp(min=_NOTHING)
         away = x[:, None] - alpha[..., None] * self.mean
         if self.basis is not None:
-            away = (away[..., None, :] @ self.basis)[..., 0, :]
+            away = _turned(away, self.basis)
         squares = (away.square() / total).sum(2) + total.log().sum(2) + self.dimensions * math.log(2 * math.pi)
         shift = alpha[..., None] * self.variance / total * away
         left = self.variance * (sigma.square()[..., None] / total).where(total > _NOTHING, 1.0)
         if self.basis is not None:
-            shift = (self.basis @ shift[..., None])[..., 0]
-            left = (self.basis.square() @ left[..., None])[..., 0]
+            shift = _turned(shift, self.basis.mT)
+            left = _turned(left, self.basis.square().mT)
         return self.log_weight - 0.5 * squares, self.mean + shift, left
 
     def _fitting(self, matrix: Tensor, deviation: float) -> Tensor:
@@ -230,10 +236,16 @@ class MixtureDenoiser(nn.Module):
     the mixture (Doob's h-transform): there x_t = t x + sqrt(variance t (1 - t)) noise. With variance = "learned" the
     steps have the variance of each coordinate that fits the true reversal best (Bao et al. 2022, arXiv 2201.06503);
     of a single Gaussian along the coordinate axes they then are its exact reversal, however few.
+
+    of_ends: the mixture is that of the objects that chains end in, and not of data that have the noise of the last grid
+    point still to come: of a posterior that is no data with noise.
     """
 
-    def __init__(self, mixture: GaussianMixture, process: GaussianProcess | BrownianProcess) -> None:
+    def __init__(
+        self, mixture: GaussianMixture, process: GaussianProcess | BrownianProcess, of_ends: bool = False
+    ) -> None:
         super().__init__()
+        self.of_ends = of_ends
         if mixture.dimensions != math.prod(process.shape):
             raise ValueError(f"a mixture in {mixture.dimensions} dimensions for objects of shape {process.shape}")
         self.mixture, self.process = mixture, process
@@ -248,13 +260,16 @@ class MixtureDenoiser(nn.Module):
             data = self.mixture.denoised(state, passed, (process.variance * passed * (1 - passed)).sqrt())
             drift = (data - state.flatten(1)) / (1 - passed)[:, None]
             return drift.view(state.shape).to(state.dtype)
-        alpha, sigma = process.alpha_sigma(number)
+        steps = _Steps.of(process, number, self.of_ends)
         if process.variance != "learned":
-            data = self.mixture.denoised(state, alpha, sigma)
-            return process.prediction_of(data.view(state.shape).to(state.dtype), state, number)
-        mean, variance = self.mixture.moments(state, alpha, sigma)
-        prediction = process.prediction_of(mean.view(state.shape).to(state.dtype), state, number)
-        deviation = _deviation(process, state, number, variance.view(state.shape))
+            mean = self.mixture.denoised(state, steps.alpha, steps.sigma)
+        else:
+            mean, variance = self.mixture.moments(state, steps.alpha, steps.sigma)
+        data = steps.data(mean, state).view(state.shape).to(state.dtype)
+        prediction = process.prediction_of(data, state, number)
+        if process.variance != "learned":
+            return prediction
+        deviation = steps.variance(variance).sqrt().view(state.shape)
         return torch.cat((prediction, span_of(process, state, number, deviation)), 1)
 
 
@@ -271,16 +286,55 @@ def span_of(process: GaussianProcess, state: Tensor, number: Tensor, deviation: 
     return 2 * (deviation.to(state.dtype).log() - low) / (high - low) - 1
 
 
-def _deviation(process: GaussianProcess, state: Tensor, number: Tensor, variance: Tensor) -> Tensor:
-    """Of the next state, where the data have this variance given the state: what is left if the data are known, and
-    what they add. All `[N, *shape]`."""
-    zero, one, size = torch.zeros_like(state), torch.ones_like(state), process.clip or 1.0
-    prediction = process.prediction_of(size * one, zero, number)
-    law = process.law(torch.cat((prediction, -one), 1), zero, number)
-    return (law.deviation.double().square() + (law.mean.double() / size).square() * variance).sqrt()
+class _Steps(NamedTuple):
+    """Of N steps, all `[N]` and float64: the state is alpha x + sigma noise, where x is the data or the chain's end;
+    after: the same sigma, of where the step leads. noising: the variance that noise adds on the way back. gain: of x in
+    the next state's mean. kept, lost: the predicted data are kept x - lost state.
+    """
+
+    alpha: Tensor
+    sigma: Tensor
+    after: Tensor
+    noising: Tensor
+    gain: Tensor
+    kept: Tensor
+    lost: Tensor
+
+    @staticmethod
+    def of(process: GaussianProcess, number: Tensor, of_ends: bool) -> _Steps:
+        alphas, sigmas = (
+            torch.tensor(each, dtype=torch.float64, device=number.device) for each in (process.alphas, process.sigmas)
+        )
+        signal, left = (alphas[-1], sigmas[-1].square()) if of_ends else (alphas.new_ones(()), alphas.new_zeros(()))
+        alpha = alphas / signal
+        variance = (sigmas.square() - alpha.square() * left).clamp(min=0)
+        noising = variance[:-1] - (alphas[:-1] / alphas[1:]).square() * variance[1:]
+        columns = (
+            alpha[:-1], variance[:-1].sqrt(), variance[1:].sqrt(), noising,
+            alpha[1:] * noising / variance[:-1],
+            sigmas[:-1].square() / variance[:-1] / signal, left * alpha[:-1] / variance[:-1] / signal,
+        )  # fmt: skip
+        return _Steps(*(column[number] for column in columns))
+
+    def data(self, mean: Tensor, state: Tensor) -> Tensor:
+        """The predicted data that make a step right whose x has this mean, given the state: `[N, d]`."""
+        return self.kept[:, None] * mean - self.lost[:, None] * state.flatten(1).double()
+
+    def variance(self, variance: Tensor) -> Tensor:
+        """Of the next state, where x has this variance given the state: what is left if x is known, and what it adds.
+        `[N, d]` both."""
+        left = self.after.square() * self.noising / self.sigma.square()
+        return left[:, None] + self.gain.square()[:, None] * variance
 
 
-def _turned(basis: Tensor, chosen: Tensor, along: Tensor, rows: slice) -> Tensor:
+def _turned(values: Tensor, basis: Tensor) -> Tensor:
+    """Rows `[N, K or 1, d]`, each times the matrix of its component, `[K, d, d]`, or of all, `[1, d, d]`."""
+    if len(basis) == 1:
+        return values @ basis[0]
+    return torch.einsum("nke,ked->nkd", values.expand(-1, len(basis), -1), basis)
+
+
+def _turned_each(along: Tensor, basis: Tensor, chosen: Tensor, rows: slice) -> Tensor:
     return torch.einsum("nde,ne->nd", basis[chosen[rows]], along[rows])
 
 

@@ -29,11 +29,13 @@ def twenty_five() -> GaussianMixture:
 
 
 def nine_of_twenty_five() -> GaussianMixture:
-    """Nine of them with unequal weights, the posterior of relative trajectory balance's first experiment (Venkatraman
-    et al. 2024, arXiv 2405.20971, appendix C.1). Its likelihood is `DensityRatio(nine, twenty_five)`, with log Z = 0.
+    """The same with unequal weights of nine and none of the others, the posterior of relative trajectory balance's
+    first experiment (Venkatraman et al. 2024, arXiv 2405.20971, appendix C.1). Its likelihood is
+    `DensityRatio(nine, twenty_five)`, with log Z = 0.
     """
-    weight = torch.tensor(list(_NINE.values())).double()
-    return GaussianMixture.of(weight, torch.tensor(list(_NINE.keys())).double(), 0.3)
+    mean = twenty_five().mean
+    weight = torch.tensor([_NINE.get((round(x), round(y)), 0) for x, y in mean.tolist()]).double()
+    return GaussianMixture.of(weight, mean, 0.3)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from headwater.diffusion.process import BrownianProcess, GaussianProcess, Process
 
-_MOST_NUMBERS = 1 << 24  # that are held for rows times components times dimensions
+_MOST_NUMBERS = 1 << 21  # of rows times components times dimensions, held at once
 _NOTHING = 1e-100  # in the place of a variance of 0, where the distance that it divides is 0 too
 
 
@@ -140,12 +140,9 @@ class GaussianMixture:
     def moments(self, points: Tensor, alpha: Tensor, sigma: Tensor) -> Moments:
         """Mean and variance of each coordinate of x given alpha x + sigma noise. alpha, sigma: `[N]`."""
         points, alpha, sigma = _noised(points, alpha, sigma)
-        if self._shares and self.basis is None:  # no [N, K, d] is needed
+        if self._shares:
             log_joint, mean = self._shared(points, alpha, sigma)
-            share, total = log_joint.softmax(1), alpha.square() * self.variance + sigma.square()
-            left = (self.variance * sigma.square() / total).where(total > 0, self.variance)
-            spread = share @ self.mean.square() - (share @ self.mean).square()
-            return Moments(mean, left + (left / self.variance).square() * spread.clamp(min=0))
+            return Moments(mean, self._shared_variance(log_joint.softmax(1), alpha, sigma))
 
         def part(rows: slice) -> Tensor:
             log_joint, means, variances = self._each(points[rows], alpha[rows], sigma[rows])
@@ -206,6 +203,27 @@ class GaussianMixture:
         gain = alpha * self.variance / total
         denoised = gain * x + (1 - alpha * gain) * (log_joint.softmax(1) @ mean)
         return log_joint, denoised if self.basis is None else denoised @ self.basis[0].mT
+
+    def _shared_variance(self, share: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """moments.variance, of one covariance for all and the components' `share`, `[N, K]`: what each has left, and
+        how far apart their means are."""
+        total = alpha.square() * self.variance + sigma.square()
+        left = (self.variance * sigma.square() / total).where(total > 0, self.variance)
+        narrowing = left / self.variance
+        if self.basis is None:
+            apart = share @ self.mean.square() - (share @ self.mean).square()
+            return left + narrowing.square() * apart.clamp(min=0)
+        basis = self.basis[0]
+        mean = self.mean @ basis
+        products = (mean[:, :, None] * mean[:, None, :]).flatten(1)
+
+        def part(rows: slice) -> Tensor:
+            centre = share[rows] @ mean
+            apart = (share[rows] @ products).view(-1, *basis.shape) - centre[:, :, None] * centre[:, None, :]
+            turned = basis * narrowing[rows, None, :]
+            return ((turned @ apart) * turned).sum(2).clamp(min=0)
+
+        return left @ basis.square().mT + _in_parts(part, len(share), basis.numel())
 
     def _each(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """log_joint `[N, K]`, and each component's mean and variance of x, `[N, K, d]`."""

@@ -27,6 +27,7 @@ from headwater.diffusion.chains import Chains, draw_chains, walk_back
 from headwater.diffusion.digits import CLASSES, SHAPE, View, digits_prior, load_digits, view_matrix
 from headwater.diffusion.estimators import log_z_estimates, resample, resampling_estimates
 from headwater.diffusion.measures import (
+    MODE,
     beside_floor,
     class_shares,
     mean_discrepancy,
@@ -213,7 +214,7 @@ def look_at(problem: Problem, condition: Tensor, objects: Tensor, generator: tor
         "total_variation": total_variation(of_modes(objects), expected),
         "total_variation_floor": sum(floors) / len(floors),
         "modes_found": modes_found(of_modes(objects), expected),
-        "modes": int((expected > 1e-6).sum()),
+        "modes": int((expected >= MODE).sum()),
     }
     if problem.measured is not None:
         measured = problem.measured
@@ -253,15 +254,16 @@ def one(problem: Problem, contender: Contender, condition: Tensor, seed: int, me
     }
 
 
-def over_measurements(problem: Problem, denoiser: nn.Module, count: int, seed: int, each: int = 65) -> Figures:
-    """Of a denoiser for all conditions at once: `each` draws for each of `count` measurements, coverage around one more
-    draw, and how far the estimates of log Z(y) are off."""
+def over_measurements(problem: Problem, denoiser: nn.Module, count: int, seed: int, each: int = 64) -> Figures:
+    """Of a denoiser for all conditions at once: `each` draws for each of `count` measurements, their coverage around a
+    draw of the exact posterior, and how far the estimates of log Z(y) are off."""
     generator = torch.Generator().manual_seed(2000 + seed)
     truth, condition = problem.measurements(count, generator)
     rows = condition.repeat_interleave(each, 0)
     drawn = draw_chains(problem.process, problem.prior, denoiser, problem.reward, rows, generator)
     objects = drawn.objects.view(count, each, *problem.process.shape)
-    covered = coverage(truth, objects[:, 1:], objects[:, 0], generator)
+    reference = torch.cat([problem.posterior(row).sample(1, generator) for row in condition]).view(truth.shape)
+    covered = coverage(truth, objects, reference, generator)
     weights = (drawn.log_reward - drawn.log_ratio).view(count, each)
     away = weights.logsumexp(1) - math.log(each) - problem.log_z(condition)
     return {

@@ -91,6 +91,7 @@ def test_shares_of_classes_modes_found_and_how_many_are_alike() -> None:
     expected = torch.tensor([0.4, 0.6, 0.0])
     assert modes_found(torch.tensor([0.05, 0.95, 0.0]), expected) == 1
     assert modes_found(torch.tensor([0.1, 0.7, 0.2]), expected) == 2
+    assert modes_found(torch.tensor([0.5, 0.495, 0.005]), torch.tensor([0.5, 0.495, 0.005])) == 2
 
 
 def posterior_draws(count: int, size: int, width: float, shift: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,6 +111,14 @@ def test_coverage_of_a_right_sampler_is_the_level_and_of_a_narrow_one_is_less() 
     for width, shift in ((0.5, 0.0), (2.0, 0.0), (1.0, 0.7)):
         truth, draws, reference = posterior_draws(1000, 99, width, shift)
         assert coverage(truth, draws, reference, generator()).largest > 2.5 * right.largest_expected
+
+
+def test_a_sampler_that_ignores_the_measurement_is_seen_around_points_that_depend_on_it_only() -> None:
+    truth, _, reference = posterior_draws(1000, 1, 1.0)
+    of_prior = normal(1000, 99, 2, seed=5)
+    blind = coverage(truth, of_prior, normal(1000, 2, seed=6), generator())
+    assert blind.largest < 2 * blind.largest_expected
+    assert coverage(truth, of_prior, reference, generator()).largest > 4 * blind.largest_expected
 
 
 def test_the_largest_difference_to_expect_is_its_mean_over_right_samplers() -> None:

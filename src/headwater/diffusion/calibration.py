@@ -33,8 +33,9 @@ class Coverage:
 
 def coverage(truth: Tensor, draws: Tensor, reference: Tensor, generator: torch.Generator, levels: int = 50) -> Coverage:
     """Expected coverage of balls around random points. truth: `[M, *shape]`. draws: `[M, S, *shape]`, S posterior draws
-    of each measurement. reference: `[M, *shape]`, points drawn without looking at the truth: it may depend on the
-    measurement, and must where all posteriors are far from it, or nothing is seen.
+    of each measurement. reference: `[M, *shape]`, points drawn without looking at the truth, but with an eye to the
+    measurement (such as a draw of any posterior, or of the exact one): around points that do not depend on it even a
+    sampler that ignores all measurements is covered rightly.
 
     The ball that reaches as far as the truth holds a share of the draws that is uniform, if these are right; where
     draws are as far as the truth it is drawn (`generator`).

@@ -125,9 +125,13 @@ def total_variation(share: Tensor, expected: Tensor) -> float:
     return float((share.double() - expected.double()).abs().sum() / 2)
 
 
+MODE = 0.01
+"""The weight that makes a mode one to be found: draws in the thousands have some of it."""
+
+
 def modes_found(share: Tensor, expected: Tensor, least: float = 0.2) -> int:
-    """How many of the modes that have weight hold at least `least` times what they should: both `[K]`."""
-    return int(((expected > 1e-6) & (share >= least * expected)).sum())
+    """How many of the modes that should have weight `MODE` or more hold at least `least` of theirs: both `[K]`."""
+    return int(((expected >= MODE) & (share >= least * expected)).sum())
 
 
 def _pair(points: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:

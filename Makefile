@@ -33,11 +33,11 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable ".[rna,phylogeny,language,ray]"
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable ".[rna,phylogeny,language,diffusion,ray]"
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable ".[rna,phylogeny,language,ray,dev]"
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable ".[rna,phylogeny,language,diffusion,ray,dev]"
 	touch $@
 
 clean:

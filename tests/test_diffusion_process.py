@@ -100,6 +100,11 @@ def test_log_probabilities_are_sums_over_all_coordinates() -> None:
     torch.testing.assert_close(GaussianLaw(mean, deviation).log_prob(following), expected)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "exploding"])
+def test_noise_falls_at_every_one_of_many_steps(schedule: str) -> None:
+    assert GaussianProcess.of((2,), 1000, schedule).n_steps == 1000  # type: ignore[arg-type]
+
+
 def test_a_deterministic_last_step_is_refused() -> None:
     with pytest.raises(ValueError, match=r"variance = 'small': the last step would be deterministic.*final_noise"):
         GaussianProcess.of((2,), 10, variance="small")

@@ -81,6 +81,11 @@ class Trainer:
         self.replay = (replay or ReplaySettings()).build(policy.objects) if training.replayed else None
         self.average = copy.deepcopy(policy).requires_grad_(False) if self.exploration.average else None
         self.explorer = (explorer or self.exploration.explorer)(self.average or policy)
+        if learners is not None and self.explorer is not None and self.explorer.learns:
+            raise ValueError(
+                f"several learners: {type(self.explorer).__name__} learns weights of its own beside the policy, whose "
+                "gradients are not summed over processes; train with one learner, or explore without it"
+            )
         if given is not None and (self.explorer or self.exploration.local_search.rounds):
             raise ValueError("given objects take the place of search: local_search, thompson and teacher must be off")
         searcher = Searcher(

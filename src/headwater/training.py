@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,11 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from headwater.adam import adam_step, clear_gradients, clip_gradient, load_state, state_of
 from headwater.conditions import Conditions
-from headwater.events import Events
 from headwater.learners import Learners
 from headwater.learning_in_parts import Parts
 from headwater.native import keep_freed_memory
@@ -34,6 +31,7 @@ from headwater.reward import Reward, cache_of
 from headwater.runs import Checkpoint, Metrics, Run
 from headwater.search import ExplorationSettings as ExplorationSettings  # also found here, beside Training
 from headwater.search import Explorer, Searcher, SearchSettings, build_search
+from headwater.training_log import TrainingLog
 from headwater.training_settings import Sharpness as Sharpness
 from headwater.training_settings import Training as Training
 from headwater.trajectories import Trajectories
@@ -110,7 +108,7 @@ class Trainer:
 
         Raises NonFiniteLoss after writing the batch down; the checkpoint before it stays.
         """
-        log = _Log(self.run_folder, self.training.iterations, self.iteration, progress_bar)
+        log = TrainingLog(self.run_folder, self.training.iterations, self.iteration, progress_bar)
         with self._interruptible(), closing(self.search), log, self._leading():
             while self.iteration < self.training.iterations and not self.interrupted:
                 began = time.perf_counter()
@@ -359,34 +357,3 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-class _Log:
-    """Progress bar, metrics.jsonl and TensorBoard."""
-
-    def __init__(self, run: Run | None, total: int, done: int, progress_bar: bool) -> None:
-        self.run = run
-        self.events = Events(run.folder / "events", done) if run else None
-        self.bar = tqdm(
-            total=total, initial=done, disable=not progress_bar, unit="it", dynamic_ncols=True,
-            mininterval=0.2 if sys.stderr.isatty() else 10,
-        )  # fmt: skip
-
-    def __enter__(self) -> _Log:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
-        if self.events is not None:
-            self.events.close()
-
-    def advance(self) -> None:
-        self.bar.update()
-
-    def write(self, metrics: Metrics) -> None:
-        shown = {"loss": "loss", "log_z": "log Z", "mean_log_reward": "log R", "mean_reward": "reward"}
-        shown["trajectories_per_second"] = "traj/s"
-        self.bar.set_postfix_str(", ".join(f"{label} {metrics[k]:.4g}" for k, label in shown.items() if k in metrics))
-        if self.run is not None and self.events is not None:
-            self.run.append_metrics(metrics)
-            self.events.write(metrics)

@@ -21,7 +21,7 @@ from headwater.reward import TemperedReward
 from headwater.runs import Run
 from headwater.search import LocalSearch, Teacher, TeacherSettings, Thompson, ThompsonSettings
 from headwater.search.teacher import teacher_log_reward
-from headwater.training import ExplorationSettings, Trainer, Training
+from headwater.training import ExplorationSettings, NonFiniteLoss, Trainer, Training
 from headwater.trajectories import Trajectories
 from helpers import random_policy, same, seeded
 
@@ -117,6 +117,23 @@ def test_every_search_works_under_conditions(kind: str) -> None:
     trainer.run(progress_bar=False)
     batch = trainer.search.collect(8, Exploration())
     assert torch.equal(batch.log_reward, reward(policy.objects(batch), batch.condition))
+
+
+@pytest.mark.parametrize("kind", ["thompson", "teacher"])
+def test_the_logged_loss_is_the_objectives_alone(kind: str) -> None:
+    trainer = trainer_of(KINDS[kind], replace(SHORT, replayed=0, log_every=1))
+    drawn = trainer.search.collect(8, Exploration())
+    trainer.search.collect = lambda count, exploration: drawn  # type: ignore[method-assign]
+    expected = trainer.objective(trainer.policy.log_probs(drawn), drawn).item()
+    assert trainer.update()["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_explorers_loss_that_is_not_finite_ends_the_run() -> None:
+    trainer = trainer_of(KINDS["thompson"])
+    assert trainer.explorer is not None
+    trainer.explorer.loss = lambda *given: torch.tensor(math.nan)  # type: ignore[method-assign]
+    with pytest.raises(NonFiniteLoss, match="loss nan"):
+        trainer.update()
 
 
 # Thompson sampling.

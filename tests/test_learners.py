@@ -6,12 +6,21 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed
 
+from headwater.conditions import NoCondition
+from headwater.environments.hypergrid import Hypergrid, HypergridReward
+from headwater.learners import Learners
+from headwater.objectives import Objective
+from headwater.policies import EnvironmentPolicy, Network
 from headwater.runs import Run
+from headwater.search import LocalSearch, TeacherSettings, ThompsonSettings
+from headwater.training import ExplorationSettings, Trainer, Training
 
 SETTINGS = [
     "--training.iterations", "20", "--training.batch-size", "24", "--training.log-every", "5", "--samples", "20",
@@ -73,3 +82,31 @@ def test_a_run_of_several_learners_is_resumed_by_one(tmp_path: Path) -> None:
         subprocess.run(["rm", "-r", str(path)], check=True)
     finish([start(["resume", str(run.folder), "--quiet"])])
     assert Run.open(run.folder).metrics()[-1]["iteration"] == 20
+
+
+@pytest.fixture
+def learners() -> Iterator[Learners]:
+    """A process group of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield Learners()
+    distributed.destroy_process_group()
+
+
+def explored(exploration: ExplorationSettings, learners: Learners | None) -> Trainer:
+    policy = EnvironmentPolicy(Hypergrid(2, 4), Network(width=16))
+    training = Training(iterations=2, batch_size=4)
+    return Trainer(policy, HypergridReward(4), NoCondition(), Objective("tb"), training, exploration, learners=learners)
+
+
+@pytest.mark.parametrize(
+    ("name", "exploration"),
+    [("Thompson", ExplorationSettings(thompson=ThompsonSettings(2))),
+     ("Teacher", ExplorationSettings(teacher=TeacherSettings(0.5)))],
+)  # fmt: skip
+def test_several_learners_refuse_an_explorer_that_learns(
+    learners: Learners, name: str, exploration: ExplorationSettings
+) -> None:
+    with pytest.raises(ValueError, match=f"several learners: {name} learns weights of its own"):
+        explored(exploration, learners)
+    explored(exploration, None)
+    explored(ExplorationSettings(local_search=LocalSearch(1)), learners).run(progress_bar=False)

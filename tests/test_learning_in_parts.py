@@ -61,7 +61,8 @@ def gradient(name: Name, batch: Trajectories, limit: int) -> tuple[float, Tensor
         ExplorationSettings(epsilon=0), sharpness=Sharpness(0.5),
     )  # fmt: skip
     policy.zero_grad(set_to_none=True)
-    loss, said = trainer._learn(batch, 0.5)
+    loss, total, said = trainer._learn(batch, 0.5)
+    assert total == loss  # nobody else learns
     assert len(said.forward) == batch.n_steps
     found = [parameter.grad for parameter in policy.parameters() if parameter.grad is not None]
     return loss, torch.cat([one.flatten() for one in found])

@@ -6,7 +6,10 @@ step. Here is what is left when the answers are known. State and checkpoints are
 
 from __future__ import annotations
 
+import math
+
 import torch
+from torch import Tensor, nn
 
 
 def clear_gradients(optimizer: torch.optim.Optimizer) -> None:
@@ -34,3 +37,33 @@ def adam_step(optimizer: torch.optim.Adam) -> None:
             lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"],
             eps=group["eps"], amsgrad=False, maximize=False,
         )  # fmt: skip
+
+
+def clip_gradient(module: nn.Module, limit: float) -> float:
+    """Scale the gradient of a module down to a norm of at most `limit`, 0 for no limit; returns its norm before."""
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    if not gradients:  # of heads whose bootstrap left them nothing to learn from
+        return 0.0
+    norm = torch.stack(torch._foreach_norm(gradients)).norm().item()
+    if limit and norm > limit and math.isfinite(norm):
+        torch._foreach_mul_(gradients, limit / norm)
+    return norm
+
+
+def state_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What it remembers of each parameter, as tensors by name."""
+    return {
+        f"{parameter}.{name}": value
+        for parameter, values in optimizer.state_dict()["state"].items()
+        for name, value in values.items()
+    }
+
+
+def load_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Let it remember what `state_of` gave; its rates stay."""
+    whole = optimizer.state_dict()
+    whole["state"] = {}
+    for key, value in tensors.items():
+        parameter, name = key.split(".")
+        whole["state"].setdefault(int(parameter), {})[name] = value
+    optimizer.load_state_dict(whole)

@@ -10,22 +10,19 @@ from __future__ import annotations
 import copy
 import math
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
-from headwater.adam import adam_step, clear_gradients
+from headwater.adam import adam_step, clear_gradients, clip_gradient, load_state, state_of
 from headwater.conditions import Conditions
-from headwater.events import Events
 from headwater.learners import Learners
+from headwater.learning_in_parts import Parts
 from headwater.native import keep_freed_memory
 from headwater.objectives import Objective
 from headwater.policies.base import LogProbs, Policy
@@ -34,94 +31,12 @@ from headwater.reward import Reward, cache_of
 from headwater.runs import Checkpoint, Metrics, Run
 from headwater.search import ExplorationSettings as ExplorationSettings  # also found here, beside Training
 from headwater.search import Explorer, Searcher, SearchSettings, build_search
+from headwater.training_log import TrainingLog
+from headwater.training_settings import Sharpness as Sharpness
+from headwater.training_settings import Training as Training
 from headwater.trajectories import Trajectories
 
 Evaluate = Callable[[Policy], Metrics]
-
-
-@dataclass(frozen=True)
-class Training:
-    """How long and how fast to learn."""
-
-    iterations: int = 5000
-    """Gradient steps."""
-    batch_size: int = 16
-    """Fresh trajectories an iteration."""
-    replayed: int = 0
-    """Trajectories an iteration drawn from the replay besides the fresh ones."""
-    replay_backward: bool = False
-    """Walk a new path back from each replayed object, in the place of the remembered one."""
-    only_replayed: bool = False
-    """Learn from the replay alone: what is fresh gets there first."""
-    group_size: int = 1
-    """Fresh trajectories that share one condition; at least 2 for vargrad under conditions."""
-    learning_rate: float = 1e-3
-    """Adam's rate for the networks."""
-    log_z_learning_rate: float = 0.1
-    """Adam's rate for log Z."""
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """How the rates fall from their start to zero."""
-    clip_gradient: float = 10.0
-    """Largest norm of a gradient; 0 for no limit."""
-    steps_at_once: int = 0
-    """Steps of trajectories whose activations are held at once; a larger batch is learned from in parts, with the same
-    gradient. 0 for no limit."""
-    log_every: int = 50
-    """Iterations between logged metrics."""
-    evaluate_every: int = 1000
-    """Iterations between evaluations."""
-    checkpoint_every: int = 1000
-    """Iterations between checkpoints."""
-
-    def __post_init__(self) -> None:
-        for name in ("iterations", "batch_size", "group_size", "log_every", "evaluate_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
-        for name in ("replayed", "clip_gradient", "log_z_learning_rate", "steps_at_once"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} = {getattr(self, name)}: must not be negative")
-        if self.only_replayed and not self.replayed:
-            raise ValueError("only_replayed: replayed = 0 leaves nothing to learn from; set it to a batch's size")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate = {self.learning_rate}: must be positive")
-
-    def rate(self, progress: float) -> float:
-        """The factor on the learning rates after `progress`, the share of the run that is done."""
-        if self.schedule == "linear":
-            return 1 - progress
-        return 0.5 * (1 + math.cos(math.pi * progress)) if self.schedule == "cosine" else 1.0
-
-
-@dataclass(frozen=True)
-class Sharpness:
-    """The weight beta of a reward r in the target, R = exp(r / beta), as the run goes on. At small beta the target is
-    sharp; between, P_B says more (as a reference model's divergence penalty, beta is the weight of it).
-    """
-
-    beta: float = 1.0
-    """At the start."""
-    beta_end: float | None = None
-    """At the end of the fall; the same as at the start if not given."""
-    until: float = 1.0
-    """Share of the run over which beta falls, or rises, linearly."""
-    per_staleness: float = 0.0
-    """Beta is larger by this share of itself for each update that the batch is behind, on average."""
-
-    def __post_init__(self) -> None:
-        for name in ("beta", "beta_end"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} = {value}: must be positive")
-        if not 0 < self.until <= 1:
-            raise ValueError(f"until = {self.until}: must be above 0 and at most 1")
-        if not 0 <= self.per_staleness < math.inf:
-            raise ValueError(f"per_staleness = {self.per_staleness}: must not be negative")
-
-    def at(self, progress: float, staleness: float = 0.0) -> float:
-        """After `progress`, the share of the run that is done, for a batch so many updates behind."""
-        end = self.beta if self.beta_end is None else self.beta_end
-        beta = self.beta + (end - self.beta) * min(progress / self.until, 1.0)
-        return beta * (1 + self.per_staleness * staleness)
 
 
 class NonFiniteLoss(RuntimeError):
@@ -164,6 +79,11 @@ class Trainer:
         self.replay = self._new_replay(replay or ReplaySettings()) if training.replayed else None
         self.average = copy.deepcopy(policy).requires_grad_(False) if self.exploration.average else None
         self.explorer = (explorer or self.exploration.explorer)(self.average or policy)
+        if learners is not None and self.explorer is not None and self.explorer.learns:
+            raise ValueError(
+                f"several learners: {type(self.explorer).__name__} learns weights of its own beside the policy, whose "
+                "gradients are not summed over processes; train with one learner, or explore without it"
+            )
         if given is not None and (self.explorer or self.exploration.local_search.rounds):
             raise ValueError("given objects take the place of search: local_search, thompson and teacher must be off")
         searcher = Searcher(
@@ -188,7 +108,7 @@ class Trainer:
 
         Raises NonFiniteLoss after writing the batch down; the checkpoint before it stays.
         """
-        log = _Log(self.run_folder, self.training.iterations, self.iteration, progress_bar)
+        log = TrainingLog(self.run_folder, self.training.iterations, self.iteration, progress_bar)
         with self._interruptible(), closing(self.search), log, self._leading():
             while self.iteration < self.training.iterations and not self.interrupted:
                 began = time.perf_counter()
@@ -249,14 +169,15 @@ class Trainer:
             self._count_update()
 
     def _step(self, batch: Trajectories, beta: float, progress: float) -> tuple[float, LogProbs, float]:
-        """Change the weights; returns the loss, what the policy said of the batch, and the norm of its gradient."""
+        """Change the weights; returns the objective's loss, what the policy said of the batch, and the norm of its
+        gradient."""
         clear_gradients(self.optimizer)
-        loss, log_probs = self._learn(batch, beta)
-        gradient_norm = norms = self._clip_gradient(self.policy)
+        loss, total, log_probs = self._learn(batch, beta)
+        gradient_norm = norms = clip_gradient(self.policy, self.training.clip_gradient)
         if self.explorer is not None:
-            norms += self._clip_gradient(self.explorer.own)
-        if not (math.isfinite(norms) and math.isfinite(loss)):
-            self._refuse(batch, loss, norms)
+            norms += clip_gradient(self.explorer.own, self.training.clip_gradient)
+        if not (math.isfinite(norms) and math.isfinite(total)):
+            self._refuse(batch, total, norms)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * self.training.rate(progress)
         adam_step(self.optimizer)
@@ -267,54 +188,21 @@ class Trainer:
         self.policy.after_update()
         self._move_average()
 
-    def _learn(self, batch: Trajectories, beta: float) -> tuple[float, LogProbs]:
-        """Add the gradient of the loss to the parameters; returns the loss, and what the policy said of the batch."""
-        sizes = self._sizes(batch)
-        parts = batch.split(sizes) if len(sizes) > 1 else []
-        # of parts, the loss of the whole batch first, then its gradient part by part
-        log_probs = self._log_probs_of(parts).as_leaves() if parts else self.policy.log_probs(batch)
-        loss = total = self.objective(log_probs, batch)
+    def _learn(self, batch: Trajectories, beta: float) -> tuple[float, float, LogProbs]:
+        """Add the gradient of all that is learned to the parameters. Returns the objective's loss, the same with the
+        explorer's beside it, and what the policy said of the batch.
+        """
+        parts = Parts.of(batch, self.training.steps_at_once, self.learners)
+        log_probs = parts.log_probs(self.policy)
+        loss = self.objective(log_probs, batch)
         if self.sharpness is not None:
-            loss = total = self.objective.in_units_of_reward(loss, beta)
+            loss = self.objective.in_units_of_reward(loss, beta)
+        total = loss
         if self.explorer is not None:
             total = loss + self.explorer.loss(self.objective, log_probs, batch, self.generator)
         total.backward()  # type: ignore[no-untyped-call]
-        for number, upstream in enumerate(log_probs.split_gradients(parts) if parts else []):
-            if self._is_mine(number):
-                self.policy.log_probs(parts[number]).backward_with(upstream)
-        if self.learners is not None and parts:
-            self.learners.sum_gradients(self.policy)
-        return total.item(), log_probs
-
-    def _sizes(self, batch: Trajectories) -> list[int]:
-        """How many consecutive trajectories each part of the batch has: within the limit of steps at once, and enough
-        parts for all learners."""
-        lengths, limit = batch.lengths.tolist(), self.training.steps_at_once or batch.n_steps
-        if self.learners is not None:
-            limit = min(limit, -(-batch.n_steps // self.learners.size))
-        sizes, steps = [0], 0
-        for length in lengths:
-            if sizes[-1] and steps + length > limit:
-                sizes.append(0)
-                steps = 0
-            sizes[-1] += 1
-            steps += length
-        return sizes
-
-    def _is_mine(self, part: int) -> bool:
-        return self.learners is None or part % self.learners.size == self.learners.rank
-
-    def _log_probs_of(self, parts: list[Trajectories]) -> LogProbs:
-        """What the policy says of all parts, without gradient, each learner asking it about its own."""
-        with torch.no_grad():
-            mine = {n: self.policy.log_probs(part) for n, part in enumerate(parts) if self._is_mine(n)}
-            if self.learners is None:
-                return LogProbs.concatenate(list(mine.values()))
-            like = self.policy.log_probs(parts[0]) if not mine else next(iter(mine.values()))
-            said = [mine[n] if n in mine else like.zeros_for(part) for n, part in enumerate(parts)]
-            whole = LogProbs.concatenate(said)
-            self.learners.sum(list(whole.tensors().values()))
-            return whole
+        parts.backward(self.policy, log_probs)
+        return loss.item(), total.item(), log_probs
 
     def _new_replay(self, settings: ReplaySettings) -> Replay:
         if self.training.replay_backward:
@@ -378,17 +266,6 @@ class Trainer:
         saved = calls.requested - calls.evaluated
         return {"reward_calls": self.calls_before + calls.evaluated, "reward_calls_saved": self.saved_before + saved}
 
-    def _clip_gradient(self, module: nn.Module) -> float:
-        """Scale the gradient of a module down to the largest norm that is allowed; returns its norm before."""
-        gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-        if not gradients:  # of heads whose bootstrap left them nothing to learn from
-            return 0.0
-        norm = torch.stack(torch._foreach_norm(gradients)).norm().item()
-        limit = self.training.clip_gradient
-        if limit and norm > limit and math.isfinite(norm):
-            torch._foreach_mul_(gradients, limit / norm)
-        return norm
-
     def _refuse(self, batch: Trajectories, loss: float, gradient_norm: float) -> None:
         where = ""
         if self.run_folder is not None:
@@ -409,14 +286,9 @@ class Trainer:
 
     def checkpoint(self) -> Checkpoint:
         search = self.search.state()  # first: it puts what has arrived into the replay and the counts
-        optimizer = self.optimizer.state_dict()
         tensors = {
             "policy": dict(self.policy.state_dict()),
-            "optimizer": {
-                f"{parameter}.{name}": value
-                for parameter, values in optimizer["state"].items()
-                for name, value in values.items()
-            },
+            "optimizer": state_of(self.optimizer),
             "random": {"generator": self.generator.get_state()},
         }
         if self.average is not None:
@@ -445,12 +317,7 @@ class Trainer:
                 self.average.load_state_dict(checkpoint.tensors["average"])
             if self.explorer is not None:
                 self.explorer.own.load_state_dict(checkpoint.tensors["explorer"])
-            optimizer = self.optimizer.state_dict()
-            optimizer["state"] = {}
-            for key, value in checkpoint.tensors["optimizer"].items():
-                parameter, name = key.split(".")
-                optimizer["state"].setdefault(int(parameter), {})[name] = value
-            self.optimizer.load_state_dict(optimizer)
+            load_state(self.optimizer, checkpoint.tensors["optimizer"])
             self.generator.set_state(checkpoint.tensors["random"]["generator"])
             if self.replay is not None:
                 self.replay.load_state(checkpoint.tensors["replay"])
@@ -495,34 +362,3 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-class _Log:
-    """Progress bar, metrics.jsonl and TensorBoard."""
-
-    def __init__(self, run: Run | None, total: int, done: int, progress_bar: bool) -> None:
-        self.run = run
-        self.events = Events(run.folder / "events", done) if run else None
-        self.bar = tqdm(
-            total=total, initial=done, disable=not progress_bar, unit="it", dynamic_ncols=True,
-            mininterval=0.2 if sys.stderr.isatty() else 10,
-        )  # fmt: skip
-
-    def __enter__(self) -> _Log:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
-        if self.events is not None:
-            self.events.close()
-
-    def advance(self) -> None:
-        self.bar.update()
-
-    def write(self, metrics: Metrics) -> None:
-        shown = {"loss": "loss", "log_z": "log Z", "mean_log_reward": "log R", "mean_reward": "reward"}
-        shown["trajectories_per_second"] = "traj/s"
-        self.bar.set_postfix_str(", ".join(f"{label} {metrics[k]:.4g}" for k, label in shown.items() if k in metrics))
-        if self.run is not None and self.events is not None:
-            self.run.append_metrics(metrics)
-            self.events.write(metrics)

@@ -24,6 +24,11 @@ class Explorer(Policy):
         super().__init__()
         self.student, self.own = student, own
 
+    @property
+    def learns(self) -> bool:
+        """Whether it has weights of its own to learn, and is not a way to search alone."""
+        return any(parameter.requires_grad for parameter in self.own.parameters())
+
     @abstractmethod
     def loss(
         self, objective: Objective, log_probs: LogProbs, batch: Trajectories, generator: torch.Generator

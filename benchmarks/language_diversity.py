@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,10 +29,9 @@ from headwater.language.palindromes import make_palindrome_model, palindrome_rew
 from headwater.language.verifier import VerifierReward
 from headwater.objectives import Objective
 from headwater.replay import ReplaySettings
-from headwater.runs import provenance
 from headwater.search import SearchSettings
 from headwater.training import Sharpness, Trainer
-from language_runs import RESULTS, WORK, Arm, draw, new_trainer, plus_minus
+from language_runs import RESULTS, WORK, Arm, draw, made_by, measure, measured, new_trainer, plus_minus
 
 UPDATES, MODES, EACH = 1000, 216, 256
 REPLAY = ReplaySettings(capacity=20_000, rule="stratified", share=0.3, quantile=0.9, recent_probability=0.3,
@@ -99,12 +97,12 @@ def train(arm: Arm, seed: int, updates: int, searched: int = 1) -> dict[str, obj
         trainer.update()
     seconds = time.process_time() - began
     trainer.search.close()
-    return measured(trainer, len(prompts)) | {
-        "seed": seed, "found": len(found), "first_hit": first_hit, "cpu_seconds": seconds,
+    return answers_of(trainer, len(prompts)) | {
+        "seed": seed, "updates": updates, "found": len(found), "first_hit": first_hit, "cpu_seconds": seconds,
     }  # fmt: skip
 
 
-def measured(trainer: Trainer, prompts: int) -> dict[str, object]:
+def answers_of(trainer: Trainer, prompts: int) -> dict[str, object]:
     drawn = draw(trainer, 0, prompts, EACH)
     right = (drawn.log_reward > 0).view(prompts, EACH)
     texts = [str(text) for text in trainer.policy.objects(drawn)]
@@ -133,50 +131,33 @@ def one(kind: str, name: str, seed: int, updates: int) -> dict[str, object]:
     return {"lag": int(lag), "recent": float(recent), "beta": float(beta), **train(arm, seed, updates)}
 
 
-def jobs_of(options: argparse.Namespace) -> list[tuple[str, int]]:
+def jobs_of(options: argparse.Namespace) -> list[list[str]]:
     names = {
         "diversity": options.arms,
         "sparse": [f"{rule}/{n}" for rule in RULES for n in SEARCHERS],
         "staleness": [f"{lag}/{recent}/{beta}" for beta in BETAS for recent in RECENT for lag in LAGS],
     }[options.what]
-    return [(name, seed) for seed in options.seeds for name in names]
-
-
-def run_all(options: argparse.Namespace) -> None:
-    path = RESULTS / f"language-{options.what}.json"
-    content = json.loads(path.read_text()) if path.exists() else {"runs": []}
-    content |= provenance(["python", *sys.argv], 0)
-    for name, seed in jobs_of(options):
-        command = [sys.executable, __file__, "one", options.what, name, str(seed), str(options.updates)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(done.stderr[-4000:])
-        content["runs"].append(json.loads(done.stdout.splitlines()[-1]))
-        path.write_text(json.dumps(content, indent=1) + "\n")
-        print(content["runs"][-1], file=sys.stderr)
+    return [[name, str(seed), str(options.updates)] for seed in options.seeds for name in names]
 
 
 def report() -> None:
     parts = [
-        "# Many right answers, sparse rewards\n\n    python benchmarks/language_diversity.py diversity\n\n"
-        f"{(__doc__ or '').split('report', 1)[1].strip()}\n\n{UPDATES} updates of {TASK.prompts} x {TASK.group} "
-        f"completions. Mean and 95 % interval over seeds."
+        f"# Many right answers, sparse rewards\n\n{(__doc__ or '').split('report', 1)[1].strip()}\n\n"
+        f"An update learns from {TASK.prompts} x {TASK.group} completions. Mean and 95 % interval over seeds."
     ]
-    parts += [part for kind, write in (("diversity", _diversity), ("sparse", _sparse), ("staleness", _staleness))
-              if (part := _part(kind, write))]  # fmt: skip
+    for kind, write in (("diversity", _diversity), ("sparse", _sparse), ("staleness", _staleness)):
+        if content := measured(kind):
+            title, text = write(content["runs"])
+            parts.append(f"## {title}\n\n{made_by(content)} {_updates(content['runs'])}\n\n{text}")
     (RESULTS / "language-diversity.md").write_text("\n\n".join(parts) + "\n")
 
 
-def _part(kind: str, write) -> str | None:  # type: ignore[no-untyped-def]
-    path = RESULTS / f"language-{kind}.json"
-    if not path.exists():
-        return None
-    content = json.loads(path.read_text())
-    made = f"\n\n{content['hardware']['cpu']}; {content['started']}."
-    return write(content["runs"]) + made
+def _updates(runs: list[dict[str, Any]]) -> str:
+    each = sorted({run.get("updates", UPDATES) for run in runs})
+    return f"{' or '.join(map(str, each))} updates a run."
 
 
-def _diversity(runs: list[dict]) -> str:  # type: ignore[type-arg]
+def _diversity(runs: list[dict[str, Any]]) -> tuple[str, str]:
     rows = []
     for name in dict.fromkeys(run["arm"] for run in runs):
         mine = [run for run in runs if run["arm"] == name]
@@ -184,38 +165,43 @@ def _diversity(runs: list[dict]) -> str:  # type: ignore[type-arg]
         distinct = plus_minus([run["distinct"] for run in mine], 1)
         found = plus_minus([run["found"] for run in mine], 0)
         rows.append(f"| {name} | {len(mine)} | {' | '.join(at)} | {distinct} | {found} |")
-    return f"""## Diversity
-
+    return (
+        "Diversity",
+        f"""\
 {EACH} completions of each prompt after training: pass@k, and how many of the {MODES} different right answers are among
 them; "found" counts those that search met on the way.
 
 | arm | seeds | pass@1 | pass@4 | pass@16 | pass@64 | different right answers | found |
 |---|---|---|---|---|---|---|---|
-{chr(10).join(rows)}"""
+{chr(10).join(rows)}""",
+    )
 
 
-def _sparse(runs: list[dict]) -> str:  # type: ignore[type-arg]
+def _sparse(runs: list[dict[str, Any]]) -> tuple[str, str]:
     rows = []
     for rule in RULES:
         for n in SEARCHERS:
             mine = [run for run in runs if run["rule"] == rule and run["searchers"] == n]
             if not mine:
                 continue
-            hits = [run["first_hit"] or UPDATES for run in mine]
+            hits = [run["first_hit"] or run["updates"] for run in mine]
             rows.append(
                 f"| {rule} | {n} | {len(mine)} | {plus_minus(hits, 1)} | {plus_minus([r['found'] for r in mine], 0)} "
                 f"| {plus_minus([r['success'] for r in mine])} | {plus_minus([r['distinct'] for r in mine], 1)} |"
             )
-    return f"""## Sparse reward and more searchers
-
-The learner's budget is fixed; with n searchers, n times as many completions are searched in the time of an update.
+    return (
+        "Sparse reward and more searchers",
+        f"""\
+The learner's budget is fixed; with n searchers, n times as many completions are searched in the time of an update. In
+all rules a group is recent with probability m = {REPLAY.recent_probability:g}; the rule draws the others.
 
 | rule of the replay | searchers | seeds | update of the first hit | right answers found | success | different drawn |
 |---|---|---|---|---|---|---|
-{chr(10).join(rows)}"""
+{chr(10).join(rows)}""",
+    )
 
 
-def _staleness(runs: list[dict]) -> str:  # type: ignore[type-arg]
+def _staleness(runs: list[dict[str, Any]]) -> tuple[str, str]:
     parts = []
     for beta in BETAS:
         rows = []
@@ -229,8 +215,9 @@ def _staleness(runs: list[dict]) -> str:  # type: ignore[type-arg]
         lags = " | ".join(f"lag {lag}" for lag in LAGS)
         parts.append(f"beta = {beta:g}\n\n| m | {lags} |\n|---|{'---|' * len(LAGS)}\n" + "\n".join(rows))
     return (
-        "## Staleness\n\nSuccess (different right answers) when searchers have weights that are so many updates old, "
-        "by the share m of groups that are recent, for two beta. Searchers in virtual time.\n\n" + "\n\n".join(parts)
+        "Staleness",
+        "Success (different right answers) when searchers have weights that are so many updates old, "
+        "by the share m of groups that are recent, for two beta. Searchers in virtual time.\n\n" + "\n\n".join(parts),
     )
 
 
@@ -247,7 +234,7 @@ def main() -> None:
         print(json.dumps(one(kind, name, int(seed), int(updates))))
         return
     if options.what != "report":
-        run_all(options)
+        measure(options.what, jobs_of(options))
     report()
 
 

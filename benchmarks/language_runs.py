@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +26,7 @@ from headwater.objectives import Objective
 from headwater.policies.base import NO_EXPLORATION
 from headwater.replay import ReplaySettings
 from headwater.reward import Reward
+from headwater.runs import provenance
 from headwater.search import SearchSettings
 from headwater.training import ExplorationSettings, Sharpness, Trainer, Training
 from headwater.trajectories import Trajectories
@@ -115,6 +121,43 @@ def word_problem_model(seed: int) -> Path:
     if not (folder / "test.jsonl").exists():
         make_word_problem_model(folder, seed)
     return folder
+
+
+def measure(what: str, jobs: Sequence[Sequence[str]]) -> None:
+    """Each job in a process of its own, by `script one what *job`; its answer is kept in language-`what`.json as soon
+    as it is there. Jobs that have been done are not done again, and answers to others are dropped: the file is what
+    this command measures."""
+    path = RESULTS / f"language-{what}.json"
+    before = json.loads(path.read_text())["runs"] if path.exists() else []
+    known = {tuple(run["job"]): run for run in before if "job" in run}
+    runs = [known[tuple(job)] for job in jobs if tuple(job) in known]
+    facts = provenance(["python", Path(sys.argv[0]).name, *sys.argv[1:]], 0)
+    for job in jobs:
+        if tuple(job) in known:
+            continue
+        done = subprocess.run([sys.executable, sys.argv[0], "one", what, *job], capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr[-4000:])
+        runs.append(json.loads(done.stdout.splitlines()[-1]) | {"job": list(job)})
+        path.write_text(json.dumps(facts | {"runs": runs}, indent=1) + "\n")
+        shown = {name: value for name, value in runs[-1].items() if name not in ("search", "points", "job")}
+        print(shown, runs[-1].get("points", [""])[-1], file=sys.stderr)
+
+
+def measured(what: str) -> dict[str, Any] | None:
+    """What `measure` has written, or None."""
+    path = RESULTS / f"language-{what}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def made_by(content: Mapping[str, Any]) -> str:
+    """The command that measured it, and where and when."""
+    _, script, *arguments = content["command"]
+    hardware = content["hardware"]
+    return (
+        f"    {shlex.join(['python', f'benchmarks/{Path(script).name}', *arguments])}\n\n"
+        f"{hardware['cpu']}, {hardware['cores']} cores; begun {content['started']}."
+    )
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -113,11 +113,15 @@ def load_problems(folder: Path, most_test: int) -> tuple[list[Prompt], list[Prom
     return train, read_prompts(folder / "test.jsonl", PROMPT_TEMPLATE)[:most_test]
 
 
+def word_problems_folder(seed: int) -> Path:
+    return WORK / f"word-problems-{seed}"
+
+
 def word_problem_model(seed: int) -> Path:
     """The folder of the small model that was taught word problems with this seed, made if it is not there."""
     from headwater.language.warm_start import make_word_problem_model
 
-    folder = WORK / f"word-problems-{seed}"
+    folder = word_problems_folder(seed)
     if not (folder / "test.jsonl").exists():
         make_word_problem_model(folder, seed)
     return folder

@@ -57,10 +57,8 @@ from peers import PEERS, install
 TEST = 300
 EVERY = 10.0  # seconds between two kept weights
 LAST = 3  # measurements whose mean stands for the end
-REPLAY = ReplaySettings(
-    capacity=20_000, rule="stratified", share=0.5, recent_probability=0.75, per_condition=16, per_condition_capacity=64
-)
-TBA = {"only_replayed": True, "replay": REPLAY}
+REPLAY = ReplaySettings(capacity=20_000, rule="stratified", share=0.5, per_condition=16, per_condition_capacity=64)
+TBA = {"prompts": 9, "replayed": 16, "replay": REPLAY}
 ARMS = {
     "synchronous TB": Arm(threads=2),
     "one step off": Arm(search=SearchSettings(searchers=1)),

@@ -37,12 +37,14 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train. prompts: a step; group: completions of each; replayed: share of learning from the replay."""
+    """One way to train. prompts: searched a step; group: completions of each; replayed: completions a step that are
+    learnt from the replay besides them. only_replayed: all that is learnt is drawn from the replay."""
 
     objective: Objective = field(default_factory=lambda: Objective("vargrad"))
     search: SearchSettings = field(default_factory=SearchSettings)
     prompts: int = 10
     group: int = 16
+    replayed: int = 0
     only_replayed: bool = False
     replay: ReplaySettings = field(default_factory=ReplaySettings)
     learning_rate: float = 3e-4
@@ -79,7 +81,7 @@ def new_trainer(
     )  # fmt: skip
     batch = arm.prompts * arm.group
     training = Training(
-        iterations=iterations, batch_size=batch, group_size=arm.group, replayed=batch if arm.only_replayed else 0,
+        iterations=iterations, batch_size=batch, group_size=arm.group, replayed=batch if arm.only_replayed else arm.replayed,
         only_replayed=arm.only_replayed, learning_rate=arm.learning_rate, log_z_learning_rate=0.01,
         schedule=schedule, clip_gradient=1.0,
     )  # fmt: skip

@@ -80,8 +80,9 @@ def new_trainer(
         learns_log_z=arm.objective.name == "tb",
     )  # fmt: skip
     batch = arm.prompts * arm.group
+    replayed = batch if arm.only_replayed else arm.replayed
     training = Training(
-        iterations=iterations, batch_size=batch, group_size=arm.group, replayed=batch if arm.only_replayed else arm.replayed,
+        iterations=iterations, batch_size=batch, group_size=arm.group, replayed=replayed,
         only_replayed=arm.only_replayed, learning_rate=arm.learning_rate, log_z_learning_rate=0.01,
         schedule=schedule, clip_gradient=1.0,
     )  # fmt: skip
@@ -132,12 +133,13 @@ def word_problem_model(seed: int) -> Path:
 def measure(what: str, jobs: Sequence[Sequence[str]]) -> None:
     """Each job in a process of its own, by `script one what *job`; its answer is kept in language-`what`.json as soon
     as it is there. Jobs that have been done are not done again, and answers to others are dropped: the file is what
-    this command measures."""
+    this command measures. A "note" that somebody wrote into it, on what else the machine did, stays."""
     path = RESULTS / f"language-{what}.json"
-    before = json.loads(path.read_text())["runs"] if path.exists() else []
-    known = {tuple(run["job"]): run for run in before if "job" in run}
+    before = json.loads(path.read_text()) if path.exists() else {"runs": []}
+    known = {tuple(run["job"]): run for run in before["runs"] if "job" in run}
     runs = [known[tuple(job)] for job in jobs if tuple(job) in known]
     facts = provenance(["python", Path(sys.argv[0]).name, *sys.argv[1:]], 0)
+    facts |= {name: before[name] for name in ("note",) if name in before}
     for job in jobs:
         if tuple(job) in known:
             continue
@@ -157,12 +159,12 @@ def measured(what: str) -> dict[str, Any] | None:
 
 
 def made_by(content: Mapping[str, Any]) -> str:
-    """The command that measured it, and where and when."""
+    """The command that measured it, where and when, and the note about it."""
     _, script, *arguments = content["command"]
     hardware = content["hardware"]
     return (
         f"    {shlex.join(['python', f'benchmarks/{Path(script).name}', *arguments])}\n\n"
-        f"{hardware['cpu']}, {hardware['cores']} cores; begun {content['started']}."
+        f"{hardware['cpu']}, {hardware['cores']} cores; begun {content['started']}. {content.get('note', '')}".rstrip()
     )
 
 

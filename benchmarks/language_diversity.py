@@ -53,7 +53,7 @@ RULES = {
     "stratified": REPLAY,
 }
 SEARCHERS = (1, 4, 16)
-LAGS, RECENT, BETAS = (1, 5, 20, 50), (0.0, 0.3, 0.7, 1.0), (0.05, 0.2)
+RECENT, BETAS = (0.0, 0.3, 0.7, 1.0), (0.05, 0.2)
 
 
 def palindromes_folder(seed: int) -> Path:
@@ -116,8 +116,9 @@ def answers_of(trainer: Trainer, prompts: int) -> dict[str, object]:
     }
 
 
-def one(kind: str, name: str, seed: int, updates: int) -> dict[str, object]:
+def one(kind: str, name: str, seed_given: str, updates_given: str) -> dict[str, object]:
     torch.set_num_threads(1)
+    seed, updates = int(seed_given), int(updates_given)
     if kind == "diversity":
         return {"arm": name, **train(ARMS[name], seed, updates)}
     if kind == "sparse":
@@ -135,7 +136,7 @@ def jobs_of(options: argparse.Namespace) -> list[list[str]]:
     names = {
         "diversity": options.arms,
         "sparse": [f"{rule}/{n}" for rule in RULES for n in SEARCHERS],
-        "staleness": [f"{lag}/{recent}/{beta}" for beta in BETAS for recent in RECENT for lag in LAGS],
+        "staleness": [f"{lag}/{recent}/{beta}" for beta in BETAS for recent in RECENT for lag in options.lags],
     }[options.what]
     return [[name, str(seed), str(options.updates)] for seed in options.seeds for name in names]
 
@@ -202,22 +203,23 @@ all rules a group is recent with probability m = {REPLAY.recent_probability:g}; 
 
 
 def _staleness(runs: list[dict[str, Any]]) -> tuple[str, str]:
-    parts = []
+    parts, lags_run = [], sorted({run["lag"] for run in runs})
     for beta in BETAS:
         rows = []
         for recent in RECENT:
             cells = []
-            for lag in LAGS:
+            for lag in lags_run:
                 mine = [r for r in runs if (r["lag"], r["recent"], r["beta"]) == (lag, recent, beta)]
                 success, distinct = [r["success"] for r in mine], [float(r["distinct"]) for r in mine]
                 cells.append(f"{plus_minus(success)} ({plus_minus(distinct, 0)})" if mine else "")
             rows.append(f"| {recent:g} | {' | '.join(cells)} |")
-        lags = " | ".join(f"lag {lag}" for lag in LAGS)
-        parts.append(f"beta = {beta:g}\n\n| m | {lags} |\n|---|{'---|' * len(LAGS)}\n" + "\n".join(rows))
+        lags = " | ".join(f"lag {lag}" for lag in lags_run)
+        parts.append(f"beta = {beta:g}\n\n| m | {lags} |\n|---|{'---|' * len(lags_run)}\n" + "\n".join(rows))
     return (
         "Staleness",
         "Success (different right answers) when searchers have weights that are so many updates old, "
-        "by the share m of groups that are recent, for two beta. Searchers in virtual time.\n\n" + "\n\n".join(parts),
+        "by the share m of groups that are recent, for two beta; "
+        f"{len({run['seed'] for run in runs})} seeds. Searchers in virtual time.\n\n" + "\n\n".join(parts),
     )
 
 
@@ -227,14 +229,15 @@ def main() -> None:
     parser.add_argument("one", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="of diversity")
+    parser.add_argument("--lags", type=int, nargs="+", default=[1, 5, 20, 50], help="of staleness")
     parser.add_argument("--updates", type=int, default=UPDATES)
     options = parser.parse_args()
     if options.what == "one":
-        kind, name, seed, updates = options.one
-        print(json.dumps(one(kind, name, int(seed), int(updates))))
+        print(json.dumps(one(*options.one)))
         return
     if options.what != "report":
-        measure(options.what, jobs_of(options))
+        torch.set_num_threads(1)
+        measure(options.what, jobs_of(options), one)
     report()
 
 

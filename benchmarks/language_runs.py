@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +131,11 @@ def word_problem_model(seed: int) -> Path:
     return folder
 
 
-def measure(what: str, jobs: Sequence[Sequence[str]]) -> None:
-    """Each job in a process of its own, by `script one what *job`; its answer is kept in language-`what`.json as soon
-    as it is there. Jobs that have been done are not done again, and answers to others are dropped: the file is what
-    this command measures. A "note" that somebody wrote into it, on what else the machine did, stays."""
+def measure(what: str, jobs: Sequence[Sequence[str]], forks: Callable[..., dict[str, object]] | None = None) -> None:
+    """Each job in a process of its own, by `script one what *job`, or, where the clock does not matter, by
+    `forks(what, *job)` in a fork of this one. Its answer is kept in language-`what`.json as soon as it is there. Jobs
+    that have been done are not done again, and answers to others are dropped: the file is what this command measures.
+    A "note" that somebody wrote into it, on what else the machine did, stays."""
     path = RESULTS / f"language-{what}.json"
     before = json.loads(path.read_text()) if path.exists() else {"runs": []}
     known = {tuple(run["job"]): run for run in before["runs"] if "job" in run}
@@ -143,13 +145,26 @@ def measure(what: str, jobs: Sequence[Sequence[str]]) -> None:
     for job in jobs:
         if tuple(job) in known:
             continue
-        done = subprocess.run([sys.executable, sys.argv[0], "one", what, *job], capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(done.stderr[-4000:])
-        runs.append(json.loads(done.stdout.splitlines()[-1]) | {"job": list(job)})
+        answer = _forked(forks, what, *job) if forks else _started(what, *job)
+        runs.append(answer | {"job": list(job)})
         path.write_text(json.dumps(facts | {"runs": runs}, indent=1) + "\n")
         shown = {name: value for name, value in runs[-1].items() if name not in ("search", "points", "job")}
         print(shown, runs[-1].get("points", [""])[-1], file=sys.stderr)
+
+
+def _started(*job: str) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, sys.argv[0], "one", *job], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr[-4000:])
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def _forked(call: Callable[..., dict[str, Any]], *job: str) -> dict[str, Any]:
+    """Saves what importing takes. The answer is as if it had been written as JSON."""
+    with get_context("fork").Pool(1) as pool:
+        answer: dict[str, Any] = json.loads(json.dumps(pool.apply(call, job)))
+        return answer
 
 
 def measured(what: str) -> dict[str, Any] | None:

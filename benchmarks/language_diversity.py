@@ -53,7 +53,7 @@ RULES = {
     "stratified": REPLAY,
 }
 SEARCHERS = (1, 4, 16)
-RECENT, BETAS = (0.0, 0.3, 0.7, 1.0), (0.05, 0.2)
+BETAS = (0.05, 0.2)
 
 
 def palindromes_folder(seed: int) -> Path:
@@ -122,9 +122,10 @@ def one(kind: str, name: str, seed_given: str, updates_given: str) -> dict[str, 
     if kind == "diversity":
         return {"arm": name, **train(ARMS[name], seed, updates)}
     if kind == "sparse":
-        rule, searchers = name.rsplit("/", 1)
-        arm = replace(TASK, replay=RULES[rule])
-        return {"rule": rule, "searchers": int(searchers), **train(arm, seed, updates, int(searchers))}
+        rule, _, number = name.rpartition("/")
+        searchers = int(number)
+        replay = replace(RULES[rule], capacity=REPLAY.capacity * searchers)
+        return {"rule": rule, "searchers": searchers, **train(replace(TASK, replay=replay), seed, updates, searchers)}
     lag, recent, beta = name.split("/")
     search = SearchSettings(runtime="virtual", searchers=1, lag=int(lag), staleness=10_000)
     arm = replace(TASK, search=search, replay=replace(REPLAY, recent_probability=float(recent)),
@@ -136,7 +137,7 @@ def jobs_of(options: argparse.Namespace) -> list[list[str]]:
     names = {
         "diversity": options.arms,
         "sparse": [f"{rule}/{n}" for rule in RULES for n in SEARCHERS],
-        "staleness": [f"{lag}/{recent}/{beta}" for beta in BETAS for recent in RECENT for lag in options.lags],
+        "staleness": [f"{lag}/{recent}/{beta}" for beta in BETAS for recent in options.recent for lag in options.lags],
     }[options.what]
     return [[name, str(seed), str(options.updates)] for seed in options.seeds for name in names]
 
@@ -193,8 +194,10 @@ def _sparse(runs: list[dict[str, Any]]) -> tuple[str, str]:
     return (
         "Sparse reward and more searchers",
         f"""\
-The learner's budget is fixed; with n searchers, n times as many completions are searched in the time of an update. In
-all rules a group is recent with probability m = {REPLAY.recent_probability:g}; the rule draws the others.
+The learner's budget is fixed; with n searchers, n times as many completions are searched in the time of an update, and
+the replay holds n times as many, so that it looks back equally far: {REPLAY.capacity // (TASK.prompts * TASK.group)}
+updates, less equal completions. In all rules a group is recent with probability m = {REPLAY.recent_probability:g}; the
+rule draws the others.
 
 | rule of the replay | searchers | seeds | update of the first hit | right answers found | success | different drawn |
 |---|---|---|---|---|---|---|
@@ -206,7 +209,7 @@ def _staleness(runs: list[dict[str, Any]]) -> tuple[str, str]:
     parts, lags_run = [], sorted({run["lag"] for run in runs})
     for beta in BETAS:
         rows = []
-        for recent in RECENT:
+        for recent in sorted({run["recent"] for run in runs}):
             cells = []
             for lag in lags_run:
                 mine = [r for r in runs if (r["lag"], r["recent"], r["beta"]) == (lag, recent, beta)]
@@ -230,6 +233,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="of diversity")
     parser.add_argument("--lags", type=int, nargs="+", default=[1, 5, 20, 50], help="of staleness")
+    parser.add_argument("--recent", type=float, nargs="+", default=[0.0, 0.3, 0.7, 1.0], help="m, of staleness")
     parser.add_argument("--updates", type=int, default=UPDATES)
     options = parser.parse_args()
     if options.what == "one":

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from headwater.training import Sharpness, Trainer
 from language_runs import RESULTS, WORK, Arm, draw, made_by, measure, measured, new_trainer, plus_minus
 
 UPDATES, MODES, EACH = 1000, 216, 256
+RIGHT = 36 / 6**6  # of all strings, for each prompt
 REPLAY = ReplaySettings(capacity=20_000, rule="stratified", share=0.3, quantile=0.9, recent_probability=0.3,
                         per_condition=20)  # fmt: skip
 TASK = Arm(prompts=6, group=20, only_replayed=True, replay=REPLAY, learning_rate=1e-3, sharpness=Sharpness(0.05),
@@ -195,14 +197,20 @@ def _sparse(runs: list[dict[str, Any]]) -> tuple[str, str]:
         "Sparse reward and more searchers",
         f"""\
 The learner's budget is fixed; with n searchers, n times as many completions are searched in the time of an update, and
-the replay holds n times as many, so that it looks back equally far: {REPLAY.capacity // (TASK.prompts * TASK.group)}
-updates, less equal completions. In all rules a group is recent with probability m = {REPLAY.recent_probability:g}; the
-rule draws the others.
+the replay holds n times as many: it looks {REPLAY.capacity // (TASK.prompts * TASK.group)} updates back, or further,
+since it keeps one of equal completions. Under every rule a group is recent with probability m =
+{REPLAY.recent_probability:g}. "Found" counts what search met on the way, "drawn" is in {EACH} completions of each prompt.
 
 | rule of the replay | searchers | seeds | update of the first hit | right answers found | success | different drawn |
 |---|---|---|---|---|---|---|
 {chr(10).join(rows)}""",
     )
+
+
+def _success_of_target(beta: float) -> float:
+    """Of pi_ref exp(r / beta) / Z, where pi_ref writes every string equally often."""
+    right = RIGHT * math.exp(1 / beta)
+    return right / (right + 1 - RIGHT)
 
 
 def _staleness(runs: list[dict[str, Any]]) -> tuple[str, str]:
@@ -217,7 +225,10 @@ def _staleness(runs: list[dict[str, Any]]) -> tuple[str, str]:
                 cells.append(f"{plus_minus(success)} ({plus_minus(distinct, 0)})" if mine else "")
             rows.append(f"| {recent:g} | {' | '.join(cells)} |")
         lags = " | ".join(f"lag {lag}" for lag in lags_run)
-        parts.append(f"beta = {beta:g}\n\n| m | {lags} |\n|---|{'---|' * len(lags_run)}\n" + "\n".join(rows))
+        parts.append(
+            f"beta = {beta:g} (success of the exact target: {_success_of_target(beta):.2f})\n\n| m | {lags} |\n|---|{'---|' * len(lags_run)}\n"
+            + "\n".join(rows)
+        )
     return (
         "Staleness",
         "Success (different right answers) when searchers have weights that are so many updates old, "

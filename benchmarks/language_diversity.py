@@ -152,12 +152,85 @@ def report() -> None:
     for kind, write in (("diversity", _diversity), ("sparse", _sparse), ("staleness", _staleness)):
         if content := measured(kind):
             title, text = write(content["runs"])
-            head = f"beta = {beta:g} (success of the exact target: {_success_of_target(beta):.2f})"
+            parts.append(f"## {title}\n\n{made_by(content)} {_updates(content['runs'])}\n\n{text}")
+    (RESULTS / "language-diversity.md").write_text("\n\n".join(parts) + "\n")
+
+
+def _updates(runs: list[dict[str, Any]]) -> str:
+    each = sorted({run.get("updates", UPDATES) for run in runs})
+    return f"{' or '.join(map(str, each))} updates a run."
+
+
+def _diversity(runs: list[dict[str, Any]]) -> tuple[str, str]:
+    rows = []
+    for name in dict.fromkeys(run["arm"] for run in runs):
+        mine = [run for run in runs if run["arm"] == name]
+        at = [plus_minus([run["pass_at"][k] for run in mine]) for k in ("1", "4", "16", "64")]
+        distinct = plus_minus([run["distinct"] for run in mine], 1)
+        found = plus_minus([run["found"] for run in mine], 0)
+        rows.append(f"| {name} | {len(mine)} | {' | '.join(at)} | {distinct} | {found} |")
+    return (
+        "Diversity",
+        f"""\
+{EACH} completions of each prompt after training: pass@k, and how many of the {MODES} different right answers are among
+them; "found" counts those that search met on the way.
+
+| arm | seeds | pass@1 | pass@4 | pass@16 | pass@64 | different right answers | found |
+|---|---|---|---|---|---|---|---|
+{chr(10).join(rows)}""",
+    )
+
+
+def _sparse(runs: list[dict[str, Any]]) -> tuple[str, str]:
+    rows, back, recent = [], REPLAY.capacity // (TASK.prompts * TASK.group), REPLAY.recent_probability
+    for rule in RULES:
+        for n in SEARCHERS:
+            mine = [run for run in runs if run["rule"] == rule and run["searchers"] == n]
+            if not mine:
+                continue
+            hits = [run["first_hit"] or run["updates"] for run in mine]
+            rows.append(
+                f"| {rule} | {n} | {len(mine)} | {plus_minus(hits, 1)} | {plus_minus([r['found'] for r in mine], 0)} "
+                f"| {plus_minus([r['success'] for r in mine])} | {plus_minus([r['distinct'] for r in mine], 1)} |"
+            )
+    return (
+        "Sparse reward and more searchers",
+        f"""\
+The learner's budget is fixed; with n searchers, n times as many completions are searched in the time of an update, and
+the replay holds n times as many: it looks {back} updates back, or further, since it keeps one of equal completions.
+Found: by search, on the way; drawn: in {EACH} completions of each prompt. Under every rule a group is recent with
+probability m = {recent:g}.
+
+| rule of the replay | searchers | seeds | update of the first hit | right answers found | success | different drawn |
+|---|---|---|---|---|---|---|
+{chr(10).join(rows)}""",
+    )
+
+
+def _success_of_target(beta: float) -> float:
+    """Of pi_ref exp(r / beta) / Z, where pi_ref writes every string equally often."""
+    right = RIGHT * math.exp(1 / beta)
+    return right / (right + 1 - RIGHT)
+
+
+def _staleness(runs: list[dict[str, Any]]) -> tuple[str, str]:
+    parts, lags_run = [], sorted({run["lag"] for run in runs})
+    for beta in BETAS:
+        rows = []
+        for recent in sorted({run["recent"] for run in runs}):
+            cells = []
+            for lag in lags_run:
+                mine = [r for r in runs if (r["lag"], r["recent"], r["beta"]) == (lag, recent, beta)]
+                success, distinct = [r["success"] for r in mine], [float(r["distinct"]) for r in mine]
+                cells.append(f"{plus_minus(success)} ({plus_minus(distinct, 0)})" if mine else "")
+            rows.append(f"| {recent:g} | {' | '.join(cells)} |")
+        lags = " | ".join(f"lag {lag}" for lag in lags_run)
+        head = f"beta = {beta:g} (success of the exact target: {_success_of_target(beta):.2f})"
         parts.append(f"{head}\n\n| m | {lags} |\n|---|{'---|' * len(lags_run)}\n" + "\n".join(rows))
     return (
         "Staleness",
-        "Success (different right answers) when searchers have weights that are so many updates old, "
-        "by the share m of groups that are recent, for two beta; "
+        "Success (different right answers) when searchers have weights that are so many updates old, by the share m\n"
+        "of groups that are recent, for two beta; "
         f"{len({run['seed'] for run in runs})} seeds. Searchers in virtual time.\n\n" + "\n\n".join(parts),
     )
 

@@ -51,22 +51,23 @@ class Worker:
             [str(runtime.python), str(_HERE / "contenders" / runtime.worker), request],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment, cwd=folder,
         )  # fmt: skip
-        self.about = self._read()
+        self.about = self.read()
 
     def ask(self, **request: object) -> dict[str, Any]:
         """Send one request and wait for its answer. Raises RuntimeError with the last words of a process that died."""
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # that it has died, and of what, is for `_read` to say
+        with suppress(BrokenPipeError):  # that it has died, and of what, is for `read` to say
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-        return self._read()
+        return self.read()
 
     def milliseconds(self, iterations: int) -> tuple[float, float]:
         """CPU and wall milliseconds per iteration of `iterations` iterations."""
         took = self.ask(do="run", iterations=iterations)
         return took["cpu"] / iterations * 1e3, took["wall"] / iterations * 1e3
 
-    def _read(self) -> dict[str, Any]:
+    def read(self) -> dict[str, Any]:
+        """The next line that it says. Raises RuntimeError as `ask` does."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if line:

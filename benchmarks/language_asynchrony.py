@@ -1,77 +1,148 @@
 """What asynchrony buys a language model's post-training: accuracy by wall-clock time, and updates a second where
 judging a completion takes a while.
 
-    python benchmarks/language_asynchrony.py curves    # about 4 minutes an arm and seed
+    python benchmarks/language_asynchrony.py start     # makes the models; about a minute a seed
+    python benchmarks/language_asynchrony.py curves    # about 80 seconds an arm and seed
     python benchmarks/language_asynchrony.py latency   # about 12 minutes
     python benchmarks/language_asynchrony.py report    # tables and figures from what was measured
 
 Model and problems are those of the recipe tiny-math: a Llama of 1.1 million parameters that was taught until it answers
-a third of its word problems. The latency of the judge is simulated: it sleeps, all completions of a batch at once.
+a third of its word problems.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
+import shutil
+import statistics
+import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from contenders.language import LanguageTask
+from contest import Runtime, Worker
+from headwater.language.loading import load_model
 from headwater.language.reward import MathReward
+from headwater.language.warm_start import make_word_problem_model
+from headwater.language.word_problems import PROMPT_TEMPLATE
 from headwater.objectives import Objective
 from headwater.replay import ReplaySettings
 from headwater.report.figures import line_figure
-from headwater.runs import provenance
 from headwater.search import SearchSettings
-from headwater.training import Sharpness
-from language_runs import RESULTS, Arm, Delayed, accuracy, load_problems, new_trainer, plus_minus, word_problem_model
+from headwater.training import Trainer
+from language_runs import (
+    RESULTS,
+    WORK,
+    Arm,
+    Delayed,
+    accuracy,
+    load_problems,
+    made_by,
+    measure,
+    measured,
+    new_trainer,
+    plus_minus,
+    word_problem_model,
+    word_problems_folder,
+)  # fmt: skip
+from peers import PEERS, install
 
 TEST = 300
 EVERY = 10.0  # seconds between two kept weights
-REPLAY = ReplaySettings(
-    capacity=20_000, rule="stratified", share=0.5, recent_probability=0.75, per_condition=16, per_condition_capacity=64
-)
-TBA = {"only_replayed": True, "replay": REPLAY}
+LAST = 3  # measurements whose mean stands for the end
+REPLAY = ReplaySettings(capacity=20_000, rule="stratified", share=0.5, per_condition=16, per_condition_capacity=64)
+TBA = {"prompts": 9, "replayed": 16, "replay": REPLAY}
 ARMS = {
     "synchronous TB": Arm(threads=2),
     "one step off": Arm(search=SearchSettings(searchers=1)),
     "TBA, 1 searcher": Arm(search=SearchSettings(searchers=1), **TBA),
     "TBA, 2 searchers": Arm(search=SearchSettings(searchers=2), **TBA),
     "GRPO, synchronous": Arm(objective=Objective("grpo"), threads=2),
-    "RLOO, synchronous": Arm(objective=Objective("rloo"), threads=2),
 }
+BASE, TRL = "synchronous TB", "TRL's GRPO, synchronous"
 LATENCIES = (0.0, 0.5, 2.0)
 SEARCHERS = (0, 1, 2, 4, 8)
 
 
-def curve(name: str, seed: int, seconds: float, beta: float, learning_rate: float) -> dict[str, object]:
-    """Train one arm for so many seconds of wall-clock time; accuracy is measured when it is over."""
-    from dataclasses import replace
+@dataclass(frozen=True)
+class Kept:
+    """Weights of a moment: seconds of training, updates, and the model's tensors by name."""
 
-    arm = replace(ARMS[name], sharpness=Sharpness(beta), learning_rate=learning_rate)
+    seconds: float
+    updates: int
+    weights: dict[str, Tensor]
+
+
+def curve(name: str, seed: int, seconds: float) -> dict[str, object]:
+    """Train one arm for so many seconds of wall-clock time; accuracy is measured when it is over."""
     folder = word_problem_model(seed)
     train, test = load_problems(folder, TEST)
+    arm = ARMS.get(name, Arm(threads=2))
     trainer = new_trainer(folder, train, test, MathReward, arm, 1_000_000, seed)
-    kept = [(0.0, 0, weights_of(trainer))]
     metrics: list[dict[str, float]] = []
-    began = time.perf_counter()
-    try:
-        while (now := time.perf_counter() - began) < seconds:
-            trainer.update()
-            now = time.perf_counter() - began
-            if now - kept[-1][0] >= EVERY or now >= seconds:
-                kept.append((now, trainer.iteration, weights_of(trainer)))
-                metrics.append(trainer.search.metrics())
-    finally:
-        trainer.search.close()
+    with tempfile.TemporaryDirectory() as scratch:
+        kept = list(_ours(trainer, seconds, metrics) if name in ARMS else _trl(folder, seed, seconds, arm, scratch))
     torch.set_num_threads(2)
     points = []
-    for at, iteration, weights in kept:
-        trainer.policy.load_state_dict(weights)
-        points.append((at, iteration, accuracy(trainer, len(train), len(train) + len(test))))
-    return {"arm": name, "seed": seed, "points": points, "drawn": trainer.search.drawn, "search": metrics}
+    for one in kept:
+        trainer.policy.model.load_state_dict(one.weights)
+        points.append((one.seconds, one.updates, accuracy(trainer, len(train), len(train) + len(test))))
+    return {"arm": name, "seed": seed, "points": points, "search": metrics}
+
+
+def _ours(trainer: Trainer, seconds: float, metrics: list[dict[str, float]]) -> Iterator[Kept]:
+    """Weights at the start, about every `EVERY` seconds, and at the end."""
+    last, began = 0.0, time.perf_counter()
+    yield Kept(0.0, 0, _weights_of(trainer))
+    try:
+        while last < seconds:
+            trainer.update()
+            now = time.perf_counter() - began
+            if now - last >= EVERY or now >= seconds:
+                last = now
+                metrics.append(trainer.search.metrics())
+                yield Kept(now, trainer.iteration, _weights_of(trainer))
+    finally:
+        trainer.search.close()
+
+
+def _trl(folder: Path, seed: int, seconds: float, arm: Arm, scratch: str) -> Iterator[Kept]:
+    """The same of TRL's trainer, in a process and an environment of its own; its clock stands while it writes them."""
+    trl = install("trl", WORK.parent / ".peers")
+    task = LanguageTask(
+        str(folder), str(folder / "train.jsonl"), str(folder / "test.jsonl"), PROMPT_TEMPLATE, arm.group, arm.prompts,
+        arm.max_new_tokens, learning_rate=arm.learning_rate, beta=0.0, seconds=seconds, evaluate_every=EVERY,
+        keep=scratch, threads=2, seed=seed, turns=False,
+    )  # fmt: skip
+    with Worker(Runtime(trl.python, "trl_grpo.py", trl.checkout), task, 2, WORK) as worker:
+        ends = False
+        while not ends:
+            said = worker.read()
+            if said["kind"] == "kept":
+                ends = said["ends"]
+                model = load_model(said["folder"], torch.device("cpu"))
+                yield Kept(said["seconds"], said["step"], model.state_dict())
+
+
+def _weights_of(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in trainer.policy.model.state_dict().items()}
+
+
+def start(seed: int) -> dict[str, object]:
+    """Make the model of this seed anew."""
+    torch.set_num_threads(2)
+    folder = word_problems_folder(seed)
+    shutil.rmtree(folder, ignore_errors=True)
+    began = time.perf_counter()
+    greedy = make_word_problem_model(folder, seed)
+    return {"seed": seed, "seconds": time.perf_counter() - began, "greedy": greedy}
 
 
 def latency(searchers: int, seconds: float, updates: int, seed: int) -> dict[str, object]:
@@ -95,85 +166,84 @@ def latency(searchers: int, seconds: float, updates: int, seed: int) -> dict[str
             "accuracy": reached, "search": metrics}  # fmt: skip
 
 
-def weights_of(trainer) -> dict[str, torch.Tensor]:  # type: ignore[no-untyped-def]
-    return {name: tensor.clone() for name, tensor in trainer.policy.state_dict().items()}
-
-
-def one_by_one(what: str, jobs: list[list[str]]) -> None:
-    """Each job in a process of its own, its answer added to what was measured before."""
-    path = RESULTS / f"language-{what}.json"
-    content = json.loads(path.read_text()) if path.exists() else {"runs": []}
-    content |= provenance(["python", *sys.argv], 0)
-    for job in jobs:
-        command = [sys.executable, __file__, "one", what, *job]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(done.stderr[-4000:])
-        content["runs"].append(json.loads(done.stdout.splitlines()[-1]))
-        path.write_text(json.dumps(content, indent=1) + "\n")
-        shown = {key: value for key, value in content["runs"][-1].items() if key not in ("search", "points")}
-        last = content["runs"][-1].get("points", [None])[-1]
-        print(shown, last, file=sys.stderr)
-
-
 def report() -> None:
-    hardware = ""
-    curves_path, latency_path = RESULTS / "language-curves.json", RESULTS / "language-latency.json"
-    parts = []
-    if curves_path.exists():
-        content = json.loads(curves_path.read_text())
-        hardware = f"{content['hardware']['cpu']}, {content['hardware']['cores']} cores; {content['started']}"
-        parts.append(_curves_part(content["runs"]))
-    if latency_path.exists():
-        content = json.loads(latency_path.read_text())
-        hardware = f"{content['hardware']['cpu']}, {content['hardware']['cores']} cores; {content['started']}"
-        parts.append(_latency_part(content["runs"]))
-    head = "# Asynchrony in post-training a language model\n\n    python benchmarks/language_asynchrony.py curves\n"
-    head += "    python benchmarks/language_asynchrony.py latency\n\n"
-    words = "\n".join(line for line in (__doc__ or "").splitlines()[7:]).strip()
-    (RESULTS / "language-asynchrony.md").write_text(head + words + "\n\n" + "\n".join(parts) + f"\n{hardware}.\n")
+    parts = [
+        "# Asynchrony in post-training a language model\n\n"
+        "Model and problems are those of the recipe tiny-math: a Llama of 1.1 million parameters that was taught until "
+        "it answers\na third of its word problems."
+    ]
+    for what, write in (("start", _start_part), ("curves", _curves_part), ("latency", _latency_part)):
+        if content := measured(what):
+            title, text = write(content["runs"])
+            parts.append(f"## {title}\n\n{made_by(content)}\n\n{text}")
+    (RESULTS / "language-asynchrony.md").write_text("\n\n".join(parts) + "\n")
 
 
-def _curves_part(runs: list[dict]) -> str:  # type: ignore[type-arg]
-    names = list(dict.fromkeys(run["arm"] for run in runs))
-    figure = {}
-    rows = []
-    best = {name: [max(point[2] for point in run["points"]) for run in runs if run["arm"] == name] for name in names}
-    goal = 0.4
-    for name in names:
+def _start_part(runs: list[dict[str, Any]]) -> tuple[str, str]:
+    rows = [f"| {run['seed']} | {run['greedy']:.3f} | {run['seconds']:.0f} |" for run in runs]
+    table = "\n".join(rows)
+    return (
+        "The models that training starts from",
+        f"""\
+From random weights to where training stops: 35 % of 400 held-out problems, by greedy decoding. Sampled completions, as
+below, are right less often.
+
+| seed | accuracy, greedy | seconds |
+|---|---|---|
+{table}""",
+    )
+
+
+def _curves_part(runs: list[dict[str, Any]]) -> tuple[str, str]:
+    figure, rows, goal = {}, [], 0.35
+    ends = {(run["arm"], run["seed"]): statistics.fmean(point[2] for point in run["points"][-LAST:]) for run in runs}
+    for name in dict.fromkeys(run["arm"] for run in runs):
         mine = [run for run in runs if run["arm"] == name]
         count = min(len(run["points"]) for run in mine)
         figure[name] = (
-            [sum(run["points"][i][0] for run in mine) / len(mine) for i in range(count)],
-            [sum(run["points"][i][2] for run in mine) / len(mine) for i in range(count)],
+            [statistics.fmean(run["points"][i][0] for run in mine) for i in range(count)],
+            [statistics.fmean(run["points"][i][2] for run in mine) for i in range(count)],
         )
-        reached = [next((p[0] for p in run["points"] if p[2] >= goal), float("nan")) for run in mine]
-        speed = [run["points"][-1][1] / run["points"][-1][0] for run in mine]
-        stale = [
-            sum(m.get("search/staleness_mean", 0.0) for m in run["search"]) / max(len(run["search"]), 1) for run in mine
+        first = [run["points"][0][2] for run in mine]
+        last = [ends[name, run["seed"]] for run in mine]
+        more = [
+            end - ends[BASE, run["seed"]] for end, run in zip(last, mine, strict=True) if (BASE, run["seed"]) in ends
         ]
+        reached = [next((f"{p[0]:.0f}" for p in run["points"] if p[2] >= goal), "-") for run in mine]
+        speed = [run["points"][-1][1] / run["points"][-1][0] for run in mine]
+        stale = [statistics.fmean(m.get("search/staleness_mean", 0.0) for m in run["search"] or [{}]) for run in mine]
+        difference = plus_minus(more, 3) if name != BASE else ""
         rows.append(
-            f"| {name} | {len(mine)} | {plus_minus([run['points'][0][2] for run in mine])} | {plus_minus(best[name])} "
-            f"| {', '.join(f'{r:.0f}' for r in reached)} | {plus_minus(speed)} | {plus_minus(stale, 1)} |"
+            f"| {name} | {len(mine)} | {plus_minus(first)} | {plus_minus(last)} | {difference} "
+            f"| {', '.join(reached)} | {plus_minus(speed)} | {plus_minus(stale, 1)} |"
         )
     svg = line_figure(figure, x_label="seconds", title="Accuracy on held-out word problems", size=(6.4, 3.6))
     (RESULTS / "language-curves.svg").write_text(svg + "\n")
     table = "\n".join(rows)
-    return f"""## Accuracy by wall-clock time
-
+    return (
+        "Accuracy by wall-clock time",
+        f"""\
 Sampled completions of {TEST} held-out problems, one each; weights are kept every {EVERY:.0f} s and measured when the
-run is over. Synchronous arms use both cores, a searcher and the learner one each. Mean and 95 % interval over seeds;
-seconds until {goal:.0%} for each seed (nan: not reached).
+run is over, those of TRL by the same code. Every arm learns from {Arm.prompts} prompts x {Arm.group} completions an
+update, at a learning rate of {Arm.learning_rate:g}; of TBA one of the prompts comes from the replay. Synchronous arms
+use both cores, a searcher and the learner one each. TRL {PEERS["trl"].commit} has its own defaults, but for what
+`contenders/trl_grpo.py` sets. Mean and 95 % interval over seeds; at the end: mean of the last {LAST} measurements;
+less {BASE}: the difference at the end, seed by seed; seconds to {goal:.0%}: of each seed, - if not reached.
 
-| arm | seeds | at the start | best | seconds to {goal:.0%} | updates a second | staleness |
-|---|---|---|---|---|---|---|
+| arm | seeds | at the start | at the end | less {BASE} | seconds to {goal:.0%} | updates a second | staleness |
+|---|---|---|---|---|---|---|---|
 {table}
 
 ![Accuracy by wall-clock time](language-curves.svg)
-"""
+
+Tried before, with one searcher and on seeds 0 and 1: learning from the replay alone, as the recipe tiny-math does, with
+a share m = 0.75, 0.95 or 1 of recent groups. All three ended below the TBA of the table on both seeds, m = 0.75 lowest,
+the others by no more than the noise; and m = 1, where nothing old is drawn, below one step off. What differs there is
+that the replay keeps one of equal completions: what the model writes often counts no more than what it writes once.""",
+    )
 
 
-def _latency_part(runs: list[dict]) -> str:  # type: ignore[type-arg]
+def _latency_part(runs: list[dict[str, Any]]) -> tuple[str, str]:
     base = {run["latency"]: run["seconds"] / run["updates"] for run in runs if not run["searchers"]}
     rows = []
     for searchers in sorted({run["searchers"] for run in runs}):
@@ -187,48 +257,50 @@ def _latency_part(runs: list[dict]) -> str:  # type: ignore[type-arg]
             cells.append(f"{each:.2f} s ({base[seconds] / each:.1f}x, {found[-1]['accuracy']:.2f})")
         rows.append(f"| {searchers or 'synchronous'} | {' | '.join(cells)} |")
     header = " | ".join(f"{seconds:g} s" for seconds in sorted(base))
-    return f"""## A judge that takes its time (simulated)
-
-Seconds an update; in brackets how much faster than synchronous training, which judges all completions of a batch at
-once and has both cores, and the accuracy after {runs[0]["updates"] + 1} updates ({TEST} completions: a standard error
-of 0.03). An update on stale or replayed completions teaches less than one on fresh ones: the price of the speed.
+    return (
+        "A judge that takes its time (simulated)",
+        f"""\
+The judge sleeps, all completions of a batch at once. Seconds an update; in brackets how much faster than synchronous
+training, which has both cores, and the accuracy after {runs[0]["updates"] + 1} updates ({TEST} completions: a standard
+error of 0.03). An update on stale or replayed completions teaches less than one on fresh ones: the price of the speed.
 
 | searchers | {header} |
 |---|{"---|" * len(base)}
-{chr(10).join(rows)}
-"""
+{chr(10).join(rows)}""",
+    )
+
+
+def jobs_of(options: argparse.Namespace) -> list[list[str]]:
+    if options.what == "start":
+        return [[str(seed)] for seed in options.seeds]
+    if options.what == "curves":
+        return [[name, str(seed), str(options.seconds)] for seed in options.seeds for name in options.arms]
+    return [[str(n), str(v), str(options.updates), "0"] for v in LATENCIES for n in SEARCHERS]
+
+
+def one(kind: str, *job: str) -> dict[str, object]:
+    if kind == "start":
+        return start(int(job[0]))
+    if kind == "curves":
+        return curve(job[0], int(job[1]), float(job[2]))
+    return latency(int(job[0]), float(job[1]), int(job[2]), int(job[3]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["curves", "latency", "report", "one"])
+    parser.add_argument("what", choices=["start", "curves", "latency", "report", "one"])
     parser.add_argument("one", nargs="*", help=argparse.SUPPRESS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--seconds", type=float, default=200.0, help="of training, an arm")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS, TRL], default=[*ARMS, TRL], help="of curves")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of training, an arm of curves")
     parser.add_argument("--updates", type=int, default=24, help="of each latency")
-    parser.add_argument("--beta", type=float, default=0.1)
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
     options = parser.parse_args()
-    if options.what == "report":
-        report()
-    elif options.what == "curves":
-        jobs = [
-            [name, str(seed), str(options.seconds), str(options.beta), str(options.learning_rate)]
-            for seed in options.seeds
-            for name in options.arms
-        ]
-        one_by_one("curves", jobs)
-        report()
-    elif options.what == "latency":
-        one_by_one("latency", [[str(n), str(v), str(options.updates), "0"] for v in LATENCIES for n in SEARCHERS])
-        report()
-    else:
-        kind, *rest = options.one
-        if kind == "curves":
-            print(json.dumps(curve(rest[0], int(rest[1]), *map(float, rest[2:]))))
-        else:
-            print(json.dumps(latency(int(rest[0]), float(rest[1]), int(rest[2]), int(rest[3]))))
+    if options.what == "one":
+        print(json.dumps(one(*options.one)))
+        return
+    if options.what != "report":
+        measure(options.what, jobs_of(options))
+    report()
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,13 +29,13 @@ from headwater.language.evaluation import pass_at_k
 from headwater.language.verifier import VerifierReward
 from headwater.objectives import Objective
 from headwater.replay import ReplaySettings
-from headwater.runs import provenance
 from headwater.search import SearchSettings
 from headwater.training import Sharpness, Trainer
-from language_runs import RESULTS, WORK, Arm, draw, new_trainer, plus_minus
+from language_runs import RESULTS, WORK, Arm, draw, made_by, measure, measured, new_trainer, plus_minus
 from palindromes import make_palindrome_model, palindrome_reward
 
 UPDATES, MODES, EACH = 1000, 216, 256
+RIGHT = 36 / 6**6  # of all strings, for each prompt
 REPLAY = ReplaySettings(capacity=20_000, rule="stratified", share=0.3, quantile=0.9, recent_probability=0.3,
                         per_condition=20)  # fmt: skip
 TASK = Arm(prompts=6, group=20, only_replayed=True, replay=REPLAY, learning_rate=1e-3, sharpness=Sharpness(0.05),
@@ -55,7 +55,7 @@ RULES = {
     "stratified": REPLAY,
 }
 SEARCHERS = (1, 4, 16)
-LAGS, RECENT, BETAS = (1, 5, 20, 50), (0.0, 0.3, 0.7, 1.0), (0.05, 0.2)
+BETAS = (0.05, 0.2)
 
 
 def palindromes_folder(seed: int) -> Path:
@@ -99,12 +99,12 @@ def train(arm: Arm, seed: int, updates: int, searched: int = 1) -> dict[str, obj
         trainer.update()
     seconds = time.process_time() - began
     trainer.search.close()
-    return measured(trainer, len(prompts)) | {
-        "seed": seed, "found": len(found), "first_hit": first_hit, "cpu_seconds": seconds,
+    return answers_of(trainer, len(prompts)) | {
+        "seed": seed, "updates": updates, "found": len(found), "first_hit": first_hit, "cpu_seconds": seconds,
     }  # fmt: skip
 
 
-def measured(trainer: Trainer, prompts: int) -> dict[str, object]:
+def answers_of(trainer: Trainer, prompts: int) -> dict[str, object]:
     drawn = draw(trainer, 0, prompts, EACH)
     right = (drawn.log_reward > 0).view(prompts, EACH)
     texts = [str(text) for text in trainer.policy.objects(drawn)]
@@ -118,14 +118,16 @@ def measured(trainer: Trainer, prompts: int) -> dict[str, object]:
     }
 
 
-def one(kind: str, name: str, seed: int, updates: int) -> dict[str, object]:
+def one(kind: str, name: str, seed_given: str, updates_given: str) -> dict[str, object]:
     torch.set_num_threads(1)
+    seed, updates = int(seed_given), int(updates_given)
     if kind == "diversity":
         return {"arm": name, **train(ARMS[name], seed, updates)}
     if kind == "sparse":
-        rule, searchers = name.rsplit("/", 1)
-        arm = replace(TASK, replay=RULES[rule])
-        return {"rule": rule, "searchers": int(searchers), **train(arm, seed, updates, int(searchers))}
+        rule, _, number = name.rpartition("/")
+        searchers = int(number)
+        replay = replace(RULES[rule], capacity=REPLAY.capacity * searchers)
+        return {"rule": rule, "searchers": searchers, **train(replace(TASK, replay=replay), seed, updates, searchers)}
     lag, recent, beta = name.split("/")
     search = SearchSettings(runtime="virtual", searchers=1, lag=int(lag), staleness=10_000)
     arm = replace(TASK, search=search, replay=replace(REPLAY, recent_probability=float(recent)),
@@ -133,50 +135,33 @@ def one(kind: str, name: str, seed: int, updates: int) -> dict[str, object]:
     return {"lag": int(lag), "recent": float(recent), "beta": float(beta), **train(arm, seed, updates)}
 
 
-def jobs_of(options: argparse.Namespace) -> list[tuple[str, int]]:
+def jobs_of(options: argparse.Namespace) -> list[list[str]]:
     names = {
         "diversity": options.arms,
         "sparse": [f"{rule}/{n}" for rule in RULES for n in SEARCHERS],
-        "staleness": [f"{lag}/{recent}/{beta}" for beta in BETAS for recent in RECENT for lag in LAGS],
+        "staleness": [f"{lag}/{recent}/{beta}" for beta in BETAS for recent in options.recent for lag in options.lags],
     }[options.what]
-    return [(name, seed) for seed in options.seeds for name in names]
-
-
-def run_all(options: argparse.Namespace) -> None:
-    path = RESULTS / f"language-{options.what}.json"
-    content = json.loads(path.read_text()) if path.exists() else {"runs": []}
-    content |= provenance(["python", *sys.argv], 0)
-    for name, seed in jobs_of(options):
-        command = [sys.executable, __file__, "one", options.what, name, str(seed), str(options.updates)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(done.stderr[-4000:])
-        content["runs"].append(json.loads(done.stdout.splitlines()[-1]))
-        path.write_text(json.dumps(content, indent=1) + "\n")
-        print(content["runs"][-1], file=sys.stderr)
+    return [[name, str(seed), str(options.updates)] for seed in options.seeds for name in names]
 
 
 def report() -> None:
     parts = [
-        "# Many right answers, sparse rewards\n\n    python benchmarks/language_diversity.py diversity\n\n"
-        f"{(__doc__ or '').split('report', 1)[1].strip()}\n\n{UPDATES} updates of {TASK.prompts} x {TASK.group} "
-        f"completions. Mean and 95 % interval over seeds."
+        f"# Many right answers, sparse rewards\n\n{(__doc__ or '').split('report', 1)[1].strip()}\n\n"
+        f"An update learns from {TASK.prompts} x {TASK.group} completions. Mean and 95 % interval over seeds."
     ]
-    parts += [part for kind, write in (("diversity", _diversity), ("sparse", _sparse), ("staleness", _staleness))
-              if (part := _part(kind, write))]  # fmt: skip
+    for kind, write in (("diversity", _diversity), ("sparse", _sparse), ("staleness", _staleness)):
+        if content := measured(kind):
+            title, text = write(content["runs"])
+            parts.append(f"## {title}\n\n{made_by(content)} {_updates(content['runs'])}\n\n{text}")
     (RESULTS / "language-diversity.md").write_text("\n\n".join(parts) + "\n")
 
 
-def _part(kind: str, write) -> str | None:  # type: ignore[no-untyped-def]
-    path = RESULTS / f"language-{kind}.json"
-    if not path.exists():
-        return None
-    content = json.loads(path.read_text())
-    made = f"\n\n{content['hardware']['cpu']}; {content['started']}."
-    return write(content["runs"]) + made
+def _updates(runs: list[dict[str, Any]]) -> str:
+    each = sorted({run.get("updates", UPDATES) for run in runs})
+    return f"{' or '.join(map(str, each))} updates a run."
 
 
-def _diversity(runs: list[dict]) -> str:  # type: ignore[type-arg]
+def _diversity(runs: list[dict[str, Any]]) -> tuple[str, str]:
     rows = []
     for name in dict.fromkeys(run["arm"] for run in runs):
         mine = [run for run in runs if run["arm"] == name]
@@ -184,53 +169,69 @@ def _diversity(runs: list[dict]) -> str:  # type: ignore[type-arg]
         distinct = plus_minus([run["distinct"] for run in mine], 1)
         found = plus_minus([run["found"] for run in mine], 0)
         rows.append(f"| {name} | {len(mine)} | {' | '.join(at)} | {distinct} | {found} |")
-    return f"""## Diversity
-
+    return (
+        "Diversity",
+        f"""\
 {EACH} completions of each prompt after training: pass@k, and how many of the {MODES} different right answers are among
 them; "found" counts those that search met on the way.
 
 | arm | seeds | pass@1 | pass@4 | pass@16 | pass@64 | different right answers | found |
 |---|---|---|---|---|---|---|---|
-{chr(10).join(rows)}"""
+{chr(10).join(rows)}""",
+    )
 
 
-def _sparse(runs: list[dict]) -> str:  # type: ignore[type-arg]
-    rows = []
+def _sparse(runs: list[dict[str, Any]]) -> tuple[str, str]:
+    rows, back, recent = [], REPLAY.capacity // (TASK.prompts * TASK.group), REPLAY.recent_probability
     for rule in RULES:
         for n in SEARCHERS:
             mine = [run for run in runs if run["rule"] == rule and run["searchers"] == n]
             if not mine:
                 continue
-            hits = [run["first_hit"] or UPDATES for run in mine]
+            hits = [run["first_hit"] or run["updates"] for run in mine]
             rows.append(
                 f"| {rule} | {n} | {len(mine)} | {plus_minus(hits, 1)} | {plus_minus([r['found'] for r in mine], 0)} "
                 f"| {plus_minus([r['success'] for r in mine])} | {plus_minus([r['distinct'] for r in mine], 1)} |"
             )
-    return f"""## Sparse reward and more searchers
-
-The learner's budget is fixed; with n searchers, n times as many completions are searched in the time of an update.
+    return (
+        "Sparse reward and more searchers",
+        f"""\
+The learner's budget is fixed; with n searchers, n times as many completions are searched in the time of an update, and
+the replay holds n times as many: it looks {back} updates back, or further, since it keeps one of equal completions.
+Found: by search, on the way; drawn: in {EACH} completions of each prompt. Under every rule a group is recent with
+probability m = {recent:g}.
 
 | rule of the replay | searchers | seeds | update of the first hit | right answers found | success | different drawn |
 |---|---|---|---|---|---|---|
-{chr(10).join(rows)}"""
+{chr(10).join(rows)}""",
+    )
 
 
-def _staleness(runs: list[dict]) -> str:  # type: ignore[type-arg]
-    parts = []
+def _success_of_target(beta: float) -> float:
+    """Of pi_ref exp(r / beta) / Z, where pi_ref writes every string equally often."""
+    right = RIGHT * math.exp(1 / beta)
+    return right / (right + 1 - RIGHT)
+
+
+def _staleness(runs: list[dict[str, Any]]) -> tuple[str, str]:
+    parts, lags_run = [], sorted({run["lag"] for run in runs})
     for beta in BETAS:
         rows = []
-        for recent in RECENT:
+        for recent in sorted({run["recent"] for run in runs}):
             cells = []
-            for lag in LAGS:
+            for lag in lags_run:
                 mine = [r for r in runs if (r["lag"], r["recent"], r["beta"]) == (lag, recent, beta)]
                 success, distinct = [r["success"] for r in mine], [float(r["distinct"]) for r in mine]
                 cells.append(f"{plus_minus(success)} ({plus_minus(distinct, 0)})" if mine else "")
             rows.append(f"| {recent:g} | {' | '.join(cells)} |")
-        lags = " | ".join(f"lag {lag}" for lag in LAGS)
-        parts.append(f"beta = {beta:g}\n\n| m | {lags} |\n|---|{'---|' * len(LAGS)}\n" + "\n".join(rows))
+        lags = " | ".join(f"lag {lag}" for lag in lags_run)
+        head = f"beta = {beta:g} (success of the exact target: {_success_of_target(beta):.2f})"
+        parts.append(f"{head}\n\n| m | {lags} |\n|---|{'---|' * len(lags_run)}\n" + "\n".join(rows))
     return (
-        "## Staleness\n\nSuccess (different right answers) when searchers have weights that are so many updates old, "
-        "by the share m of groups that are recent, for two beta. Searchers in virtual time.\n\n" + "\n\n".join(parts)
+        "Staleness",
+        "Success (different right answers) when searchers have weights that are so many updates old, by the share m\n"
+        "of groups that are recent, for two beta; "
+        f"{len({run['seed'] for run in runs})} seeds. Searchers in virtual time.\n\n" + "\n\n".join(parts),
     )
 
 
@@ -240,14 +241,16 @@ def main() -> None:
     parser.add_argument("one", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="of diversity")
+    parser.add_argument("--lags", type=int, nargs="+", default=[1, 5, 20, 50], help="of staleness")
+    parser.add_argument("--recent", type=float, nargs="+", default=[0.0, 0.3, 0.7, 1.0], help="m, of staleness")
     parser.add_argument("--updates", type=int, default=UPDATES)
     options = parser.parse_args()
     if options.what == "one":
-        kind, name, seed, updates = options.one
-        print(json.dumps(one(kind, name, int(seed), int(updates))))
+        print(json.dumps(one(*options.one)))
         return
     if options.what != "report":
-        run_all(options)
+        torch.set_num_threads(1)
+        measure(options.what, jobs_of(options), one)
     report()
 
 

@@ -48,6 +48,8 @@ class LanguageTask:
     """Seconds of training between two evaluations."""
     test_prompts: int = 200
     """Most test prompts that an evaluation looks at."""
+    keep: str = ""
+    """A folder: an evaluation only writes the weights there, for the one who asked to measure."""
     threads: int = 1
     seed: int = 0
     turns: bool = True

@@ -84,7 +84,7 @@ class Pace(TrainerCallback):
         ends = self.seconds >= self.task.seconds or state.global_step >= self.task.steps
         if ends or self.seconds - self.evaluated >= self.task.evaluate_every:
             self.evaluated = self.seconds
-            self._evaluate(state.global_step)
+            self._evaluate(state.global_step, ends)
         control.should_training_stop |= ends
         self.began = time.perf_counter()
 
@@ -95,7 +95,11 @@ class Pace(TrainerCallback):
             sys.exit()
         self.asked = json.loads(line)["iterations"]
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self, step: int, ends: bool = False) -> None:
+        if self.task.keep:
+            folder = os.path.join(self.task.keep, str(step))
+            self.trainer.model.save_pretrained(folder)
+            return self._say(kind="kept", seconds=self.seconds, step=step, folder=folder, ends=ends)
         greedy, sampled = (self._accuracy(sampled) for sampled in (False, True))
         self._say(kind="evaluation", seconds=self.seconds, step=step, greedy=greedy, sampled=sampled)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from headwater.conditions import NoCondition
 from headwater.diffusion.adapters import Adapter, Corrected
@@ -18,7 +18,7 @@ from headwater.diffusion.policy import STATE, DiffusionPolicy
 from headwater.diffusion.priors import Prior
 from headwater.diffusion.process import BrownianProcess, GaussianProcess, Process
 from headwater.diffusion.tokens import MaskedProcess, UniformProcess
-from headwater.evaluation import log_prob_of_objects
+from headwater.evaluation import bounds, log_prob_of_objects
 from headwater.objectives import Objective, path_log_ratio, trajectory_residual
 from headwater.policies.base import NO_EXPLORATION, Exploration
 from headwater.replay import ReplaySettings
@@ -117,7 +117,7 @@ def test_trust_pcl_is_the_same_loss_in_units_of_the_reward() -> None:
 def test_steps_computed_again_on_the_way_back_give_the_same_gradient(at_once: int) -> None:
     plain, in_parts = network_policy(), network_policy(steps_at_once=at_once)
     batch = scored(plain, 10)
-    torch.testing.assert_close(gradient_of(in_parts, batch), gradient_of(plain, batch), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(gradient_of(in_parts, batch), gradient_of(plain, batch), atol=1e-3, rtol=1e-3)
 
 
 def test_a_gradient_through_some_steps_is_unbiased_and_the_loss_exact() -> None:
@@ -184,16 +184,20 @@ def test_only_what_learns_is_published_and_the_prior_stays() -> None:
 
 
 class Preference(Denoiser):
-    """The same logits at every position, whatever else there is."""
+    """What independent tokens with these logits were, as Bayes' rule has it from a state."""
 
     condition = 0
 
-    def __init__(self, logits: list[float]) -> None:
+    def __init__(self, process: Process) -> None:
         super().__init__()
-        self.logits = nn.Buffer(torch.tensor(logits))
+        self.process, self.logits = process, nn.Buffer(torch.tensor([0.5, 0.0, -0.5]))
 
     def forward(self, state: Tensor, time: Tensor, condition: Tensor) -> Tensor:
-        return self.logits.expand(*state.shape, -1)
+        logits = self.logits.expand(*state.shape, -1)
+        if isinstance(self.process, UniformProcess):
+            kept = (1 - time)[:, None, None]
+            logits = logits + (kept * functional.one_hot(state, 3) + (1 - kept) / 3).log()
+        return logits
 
 
 def ends(policy: DiffusionPolicy, symbols: int) -> tuple[Tensor, Tensor]:
@@ -214,49 +218,32 @@ def ends(policy: DiffusionPolicy, symbols: int) -> tuple[Tensor, Tensor]:
     return states, mass
 
 
-def learned(process: Process, exploration: float) -> Iterator[tuple[DiffusionPolicy, Trainer]]:
+def strings_reward(objects: object, condition: Tensor) -> Tensor:
+    """Not a product of positions: both tokens want to differ."""
+    x = torch.as_tensor(objects)
+    return 2.0 * (x[:, 0] != x[:, 1]) - 1.0 * (x[:, 0] == 0)
+
+
+@pytest.mark.parametrize(("process", "symbols"), [(MaskedProcess(2, 3, 12), 4), (UniformProcess(2, 3, 12), 3)])
+def test_strings_end_in_prior_times_reward(process: Process, symbols: int) -> None:
+    """Within what steps that draw their tokens independently can do: the more steps, the nearer."""
     torch.manual_seed(0)
-    prior = Preference([0.5, 0.0, -0.5])
-    posterior = Corrected(prior, TokenTransformer(3, 3, 0, 16, 1))
-    policy = DiffusionPolicy(process, prior, posterior)
-    training = Training(iterations=400, batch_size=64, learning_rate=1e-2, schedule="linear")
-    trainer = Trainer(policy, strings_reward, NoCondition(), Objective("vargrad"), training,
-                      ExplorationSettings(epsilon=exploration))  # fmt: skip
+    prior = Preference(process)
+    policy = DiffusionPolicy(process, prior, Corrected(prior, TokenTransformer(2, 3, 0, 16, 1)))
+    training = Training(iterations=300, batch_size=64, learning_rate=3e-3)
+    exploration = ExplorationSettings(epsilon=0.3)
+    trainer = Trainer(policy, strings_reward, NoCondition(), Objective("vargrad"), training, exploration)
+    states, before = ends(policy, symbols)
     for _ in range(training.iterations):
         trainer.update()
-    yield policy, trainer
-
-
-def strings_reward(objects: object, condition: Tensor) -> Tensor:
-    """Not a product of positions: neighbours want to differ, and the ends to be equal."""
-    x = torch.as_tensor(objects)
-    return 1.5 * (x[:, 1:] != x[:, :-1]).sum(1) + 2.0 * (x[:, 0] == x[:, -1]) - 2.0
-
-
-def test_masked_strings_end_in_prior_times_reward() -> None:
-    for policy, trainer in learned(MaskedProcess(3, 3, 3), 0.2):
-        states, mass = ends(policy, 4)
-        whole = (states < 3).all(1)
-        objects, found = states[whole], mass[whole]
-        prior = torch.tensor([0.5, 0.0, -0.5]).log_softmax(0)[objects].sum(1)
-        target = (prior + strings_reward(objects, objects)).double()
-        log_z = float(target.logsumexp(0))
-        assert float(found.sum()) == pytest.approx(1, abs=1e-5)
-        assert float((found - target.softmax(0)).abs().sum() / 2) < 0.04
-        batch = policy.sample(torch.empty(2000, 0), NO_EXPLORATION, generator())
-        batch = batch.with_log_reward(strings_reward(policy.objects(batch), batch.condition))
-        weight = batch.log_reward - path_log_ratio(policy.log_probs(batch), batch).detach()
-        assert float(weight.logsumexp(0)) - 7.6009 == pytest.approx(log_z, abs=0.05)  # log 2000
-
-
-def test_uniform_noise_on_tokens_is_learned_from_too() -> None:
-    """The chain's prior is what its own steps make of the logits, found exactly as the posterior is."""
-    for policy, _ in learned(UniformProcess(3, 3, 4), 0.2):
-        states, mass = ends(policy, 3)
-        reference = DiffusionPolicy(policy.process, policy.prior, policy.prior)
-        _, prior = ends(reference, 3)
-        target = prior * strings_reward(states, states).double().exp()
-        assert float((mass - target / target.sum()).abs().sum() / 2) < 0.1
+    target = before * strings_reward(states, states).double().exp() * (states < 3).all(1)
+    log_z, target = float(target.sum().log()), target / target.sum()
+    after = ends(policy, symbols)[1]
+    assert float(after.sum()) == pytest.approx(1, abs=1e-5)
+    assert float((before - target).abs().sum() / 2) > 0.3
+    assert float((after - target).abs().sum() / 2) < 0.05
+    found = bounds(policy, strings_reward, None, 2000, generator())
+    assert found["log_z_estimate"] == pytest.approx(log_z, abs=0.06)
 
 
 def test_chains_that_were_cut_to_their_ends_cannot_be_learned_from() -> None:

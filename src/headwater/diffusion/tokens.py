@@ -1,7 +1,8 @@
 """Chains over strings of tokens: masked (absorbing) and uniform discrete diffusion (Austin et al. 2021, arXiv
 2107.03006). A denoiser's prediction is the logits of each token of the data, `[N, L, V]`.
 
-On a linear grid a share of about 1 - k / T of the tokens is noise at grid point k.
+On a linear grid a share of about 1 - k / T of the tokens is noise at grid point k. A step draws its tokens
+independently: a posterior in which they depend on each other is met the better, the more steps there are.
 """
 
 from __future__ import annotations

@@ -190,7 +190,7 @@ def _tokens(path: Path, values: NDArray[Any]) -> Tensor:
 def _numbers(path: Path, values: NDArray[Any], standardise: bool) -> Data:
     if values.ndim == 3:
         values = values[:, None]
-    read = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+    read = torch.from_numpy(np.array(values, dtype=np.float32, order="C"))
     flat = read.flatten(1)
     for what, bad in (
         ("a number that is not finite", ~flat.isfinite().all(1)),

@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from headwater.objects import EVALUATION, SAMPLE, ObjectTable
 from headwater.policies import EnvironmentPolicy, Exploration, Policy
 from headwater.recipes.base import Problem, Recipe
 from headwater.report import write_report
-from headwater.reward import cache_of
+from headwater.reward import Reward, cache_of
 from headwater.runs import Metrics, Run, Samples
 from headwater.sampler import Sampler
 from headwater.settings import load_recipe
@@ -180,7 +181,12 @@ def _quick_evaluation(recipe: Recipe, table: ObjectTable | None) -> Evaluate:
     counted.
     """
     exact = recipe.exact_distribution()
-    twins: list[Problem] = []  # built when it is first needed
+
+    @cache
+    def reward() -> Reward:  # of a problem of its own, whose calls are not the search's
+        twin = recipe.problem()
+        _keep(twin, recipe, table)
+        return twin.reward
 
     def measure(policy: Policy) -> Metrics:
         if table is not None:
@@ -190,11 +196,8 @@ def _quick_evaluation(recipe: Recipe, table: ObjectTable | None) -> Evaluate:
         own = recipe.quick_evaluation(policy)
         if own is not None:
             return own
-        if not twins:
-            twins.append(recipe.problem())
-            _keep(twins[0], recipe, table)
         generator = torch.Generator().manual_seed(recipe.seed + 1)
-        return dict(evaluation.bounds(policy, twins[0].reward, recipe.default_condition(), 128, generator))
+        return dict(evaluation.bounds(policy, reward(), recipe.default_condition(), 128, generator))
 
     return measure
 

@@ -19,7 +19,7 @@ from headwater.learners import Learners
 from headwater.objects import EVALUATION, SAMPLE, ObjectTable
 from headwater.policies import EnvironmentPolicy, Exploration, Policy
 from headwater.recipes.base import Problem, Recipe
-from headwater.report import write_report
+from headwater.report import figures_of, write_report
 from headwater.reward import Reward, cache_of
 from headwater.runs import Metrics, Run, Samples
 from headwater.sampler import Sampler
@@ -84,7 +84,8 @@ def report(folder: Path) -> Path:
         defaults = type(sampler.recipe)().settings()
     except ValueError:  # a recipe that cannot do without some setting
         defaults = None
-    return write_report(run, sampler.recipe.sections(run, sampler.problem.policy), defaults)
+    sections, findings = sampler.recipe.sections(run, sampler.problem.policy), sampler.recipe.findings(figures_of(run))
+    return write_report(run, sections, defaults, findings)
 
 
 def objects(folder: Path, count: int | None = None) -> list[Path]:

@@ -16,8 +16,9 @@ from headwater.language.policy import LanguagePolicy
 from headwater.language.recipe import LanguageRecipe
 from headwater.language.sections import sections
 from headwater.replay import ReplaySettings
-from headwater.report import Section, write_report
+from headwater.report import Section, figures_of, write_report
 from headwater.runs import Run, Samples
+from headwater.settings import load_recipe
 from headwater.trajectories import Trajectories
 from language_evaluation_helpers import make_recipe
 from test_report import HOSTILE, Page
@@ -51,6 +52,10 @@ def started(folder: Path) -> tuple[LanguageRecipe, Run]:
     return recipe, Run.create(folder / "run", "language", {"model": recipe.model}, ["headwater"], 0)
 
 
+def report(recipe: LanguageRecipe, run: Run) -> Path:
+    return write_report(run, sections(recipe, run), findings=recipe.findings(figures_of(run)))
+
+
 def row(iteration: int, **more: float) -> dict[str, float]:
     return {
         "iteration": iteration, "trajectories": 8 * iteration, "seconds": 0.5 * iteration, "mean_reward": 0.3,
@@ -70,7 +75,7 @@ def titles(made: Sequence[Section]) -> list[str]:
 def test_sections_of_a_run_hold_what_there_is_at_its_stage(tmp_path: Path) -> None:
     recipe, run = started(tmp_path)
     assert sections(recipe, run) == []
-    Page(write_report(run, sections(recipe, run)).read_text())
+    Page(report(recipe, run).read_text())
 
     for iteration in range(1, 4):
         run.append_metrics(row(iteration))
@@ -89,19 +94,31 @@ def test_sections_of_a_run_hold_what_there_is_at_its_stage(tmp_path: Path) -> No
     run.write_json("evaluation.json", EVALUATION)
     made = sections(recipe, run)
     assert titles(made)[0] == "Answers before and after"
-    Page(write_report(run, made).read_text())
+    Page(report(recipe, run).read_text())
 
 
 def test_figures_before_stand_beside_those_after(tmp_path: Path) -> None:
     recipe, run = started(tmp_path)
     run.append_metrics(row(1))
     run.write_json("evaluation.json", EVALUATION)
-    page = Page(write_report(run, sections(recipe, run)).read_text()).text
+    page = Page(report(recipe, run).read_text()).text
     assert "pass@40.40.8" in page.replace("\n", "")
     assert "0.25 ± 0.06250.5 ± 0.125" in page
     assert "Divergence from the start–2.25" in page  # of the start there is none
     assert "the sampler's pass@1 on the test prompts is 0.5; it was 0.25." in page.replace("&#39;", "'")
     assert page.count("pass@4") == 1  # not once more in the table of all runs
+    assert "pass@10.50.25 before training" in page.replace("\n", "")  # a key figure
+    assert "Completions of each4That were drawn." in page.replace("\n", "")  # in the table, with its meaning
+
+
+def test_a_reward_that_is_no_verdict_is_compared_by_its_mean(tmp_path: Path) -> None:
+    found = make_recipe(tmp_path).findings({"mean_reward": 2.5, "start/mean_reward": 1.25, "trajectories": 40})
+    assert found.headline == ["mean reward on test prompts: 2.500; before training: 1.250"]
+    assert found.verdict == ["After 40 trajectories the sampler's Mean reward on the test prompts is 2.5; it was 1.25."]
+    assert [(card.label, card.value, card.note) for card in found.cards] == [
+        ("Mean reward", "2.5", "1.25 before training")
+    ]
+    assert set(found.shown) == {"mean_reward", "start/mean_reward"}
 
 
 def test_hostile_completions_and_prompts_are_text_on_the_page(tmp_path: Path) -> None:
@@ -119,7 +136,7 @@ def test_hostile_completions_and_prompts_are_text_on_the_page(tmp_path: Path) ->
         ],
     }
     run.write_json("completions.json", shown)
-    html = write_report(run, sections(recipe, run)).read_text()
+    html = report(recipe, run).read_text()
     page = Page(html)
     assert not {"script", "img"} & {tag for tag, _ in page.elements}
     assert f"{HOSTILE} prompt" in page.text
@@ -201,7 +218,7 @@ def test_a_run_has_its_curves_its_figures_and_its_completions(trained: Run) -> N
 
 
 def test_a_run_ends_with_pass_at_1_before_and_after(trained: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    headline = "\n".join(cli._headline(trained))
+    headline = "\n".join(load_recipe(trained).findings(figures_of(trained)).headline)
     found = trained.evaluation()
     before, after = found["start/pass_at_1"], found["pass_at_1"]
     assert f"pass@1 on test prompts: {after:.3f}; before training: {before:.3f}" in headline

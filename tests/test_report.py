@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from headwater.report import Section, numbers, write_report
+from headwater.report import Card, Findings, Section, Term, common_findings, figures_of, numbers, write_report
 from headwater.report.charts import calibration_chart, pearson, spearman
 from headwater.report.figures import heat_maps, histogram_figure, line_figure, scatter_figure
 from headwater.runs import Run, Samples
@@ -123,6 +123,47 @@ def test_a_finished_run_shows_its_figures_tables_and_how_to_repeat_it(tmp_path: 
     ):
         assert expected in text, expected
     assert "Failed rewards" not in text
+
+
+def test_a_domain_says_what_its_run_amounts_to(tmp_path: Path) -> None:
+    findings = Findings(
+        verdict=["The posterior is covered."],
+        cards=[Card("Coverage", "0.9", "of 12 modes"), Card(HOSTILE, HOSTILE)],
+        terms={"a_figure_of_my_own": Term("Coverage of modes", "Share of them that is drawn."),
+               "total_variation": Term("Distance", "In another word.")},
+        shown=["pearson"],
+    )  # fmt: skip
+    path = write_report(full_run(tmp_path / "run"), [], findings=findings)
+    page, html = read(path), path.read_text()
+    assert '<p class="verdict">The posterior is covered.</p>' in html
+    assert '<dt>Coverage</dt><dd>0.9</dd><dd class="note">of 12 modes</dd>' in html
+    assert "<dt>Total variation</dt>" not in html
+    assert "<dt>Mean log-reward</dt>" in html  # of the samples, whatever the domain
+    table = html[html.index('<table class="evaluation">') :]
+    rows = re.findall(r'row">(.*?)</th><td class="number">(.*?)</td><td class="meaning">(.*?)</td>', table)
+    assert rows == [
+        ("Distance", "0.0312", "In another word."),
+        ("log Z, exact", "5.013", "Logarithm of the sum of all rewards, computed exactly."),
+        ("Coverage of modes", "41.5", "Share of them that is drawn."),
+    ]  # pearson is a section's to show
+    assert "<h3>Distance</h3>" in html  # its curve over training
+    assert HOSTILE in page.text
+    assert "script" not in {tag for tag, _ in page.elements}
+
+
+def test_what_is_not_known_is_left_out_of_the_common_findings(tmp_path: Path) -> None:
+    assert common_findings({}) == Findings([], [], [])
+    run = full_run(tmp_path / "run")
+    figures = figures_of(run)
+    assert figures["trajectories"] == 960
+    assert figures["log_z"] == pytest.approx(5 - math.exp(-5.9))
+    found = common_findings({**figures, "pearson": None})
+    assert found.headline == ["total variation from the exact distribution: 0.0312"]
+    assert [card.label for card in found.cards] == ["log Z", "Total variation"]
+    assert found.cards[0].note == "exact 5.013"
+    searched = {"baseline_calls": 1200, "top_100_mean_log_reward": 2.0, "baseline_top_100_mean_log_reward": 1.0}
+    assert "with 1,200 reward calls" in common_findings(searched).headline[0]
+    assert "1,200 reward calls have 1." in common_findings(searched).verdict[0]
 
 
 def test_the_page_loads_nothing_from_outside(tmp_path: Path) -> None:

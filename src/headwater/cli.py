@@ -16,6 +16,7 @@ from pathlib import Path
 
 from headwater import __version__, jobs
 from headwater.recipes import EnvironmentRecipe, available, find
+from headwater.report import figures_of
 from headwater.runs import Run
 from headwater.settings import load_recipe, parse_recipe, read_config
 from headwater.training import Trainer
@@ -152,7 +153,8 @@ def _ended(trainer: Trainer, folder: Path) -> int:
         print(f"\nStopped with a checkpoint. Go on with: headwater resume {folder}", file=sys.stderr)
         return 130
     print(_table(folder))
-    print("\n".join(_headline(Run.open(folder))))
+    run = Run.open(folder)
+    print("\n".join(load_recipe(run).findings(figures_of(run)).headline))
     print(f"run folder: {folder}\nreport:     {(folder / 'report.html').resolve()}")
     return 0
 
@@ -183,32 +185,6 @@ def _line(text: str, most: int = 60) -> str:
     """A text on one line of a terminal, which it cannot command."""
     shown = "".join(letter if letter.isprintable() else " " for letter in text)
     return shown if len(shown) <= most else shown[: most - 3] + "..."
-
-
-def _headline(run: Run) -> list[str]:
-    """How good the sampler is, in a line or two."""
-    figures = run.evaluation()
-    if "pass_at_1" in figures:  # the mean reward too, where rewards are verdicts
-        figures.pop("mean_reward", None)
-
-    def show(text: str, *names: str) -> list[str]:
-        values = [figures.get(name) for name in names]
-        return [text.format(*values)] if all(isinstance(value, (int, float)) for value in values) else []
-
-    return [
-        *show("total variation from the exact distribution: {:.4f}", "total_variation"),
-        *show("Pearson correlation of log-reward and log-probability: {:.3f}", "pearson"),
-        *show(
-            "mean log-reward of the top 100: {:.3f}; of random search with {:,} reward calls: {:.3f}",
-            "top_100_mean_log_reward", "baseline_calls", "baseline_top_100_mean_log_reward",
-        ),
-        *show("mean reward on test prompts: {:.3f}; before training: {:.3f}", "mean_reward", "start/mean_reward"),
-        *show("pass@1 on test prompts: {:.3f}; before training: {:.3f}", "pass_at_1", "start/pass_at_1"),
-        *show(
-            "different right completions, of {} of a prompt: {:.2f}; before training: {:.2f}",
-            "completions_per_prompt", "distinct_right_completions", "start/distinct_right_completions",
-        ),
-    ]  # fmt: skip
 
 
 def _sample(options: argparse.Namespace) -> int:

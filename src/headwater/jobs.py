@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,8 @@ from headwater.learners import Learners
 from headwater.objects import EVALUATION, SAMPLE, ObjectTable
 from headwater.policies import EnvironmentPolicy, Exploration, Policy
 from headwater.recipes.base import Problem, Recipe
-from headwater.report import write_report
-from headwater.reward import cache_of
+from headwater.report import figures_of, write_report
+from headwater.reward import Reward, cache_of
 from headwater.runs import Metrics, Run, Samples
 from headwater.sampler import Sampler
 from headwater.settings import load_recipe
@@ -83,7 +84,8 @@ def report(folder: Path) -> Path:
         defaults = type(sampler.recipe)().settings()
     except ValueError:  # a recipe that cannot do without some setting
         defaults = None
-    return write_report(run, sampler.recipe.sections(run, sampler.problem.policy), defaults)
+    sections, findings = sampler.recipe.sections(run, sampler.problem.policy), sampler.recipe.findings(figures_of(run))
+    return write_report(run, sections, defaults, findings)
 
 
 def objects(folder: Path, count: int | None = None) -> list[Path]:
@@ -180,7 +182,12 @@ def _quick_evaluation(recipe: Recipe, table: ObjectTable | None) -> Evaluate:
     counted.
     """
     exact = recipe.exact_distribution()
-    twins: list[Problem] = []  # built when it is first needed
+
+    @cache
+    def reward() -> Reward:  # of a problem of its own, whose calls are not the search's
+        twin = recipe.problem()
+        _keep(twin, recipe, table)
+        return twin.reward
 
     def measure(policy: Policy) -> Metrics:
         if table is not None:
@@ -190,11 +197,8 @@ def _quick_evaluation(recipe: Recipe, table: ObjectTable | None) -> Evaluate:
         own = recipe.quick_evaluation(policy)
         if own is not None:
             return own
-        if not twins:
-            twins.append(recipe.problem())
-            _keep(twins[0], recipe, table)
         generator = torch.Generator().manual_seed(recipe.seed + 1)
-        return dict(evaluation.bounds(policy, twins[0].reward, recipe.default_condition(), 128, generator))
+        return dict(evaluation.bounds(policy, reward(), recipe.default_condition(), 128, generator))
 
     return measure
 

@@ -20,10 +20,10 @@ from torch.nn import functional
 
 from headwater.language.backbone import Backbone
 from headwater.language.data import Completion
+from headwater.language.findings import START
 from headwater.language.generation import Generator, ModelGenerator
 from headwater.language.loading import load_model
 from headwater.language.policy import LanguagePolicy
-from headwater.report.glossary import START
 from headwater.runs import Metrics, Run
 from headwater.trajectories import Trajectories
 

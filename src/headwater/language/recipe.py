@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from headwater.conditions import ConditionTable
 from headwater.environments.base import Objects
 from headwater.language.backends import VLLM, Remote
 from headwater.language.data import Prompt, read_prompts
+from headwater.language.findings import findings
 from headwater.language.generation import Sampling
 from headwater.language.loading import Lora, Precision, load_model, load_tokenizer, save_model
 from headwater.language.policy import LanguagePolicy
@@ -22,7 +24,7 @@ from headwater.objectives import Objective
 from headwater.policies.base import Policy
 from headwater.recipes.base import Problem, Recipe
 from headwater.replay import ReplaySettings
-from headwater.report import Section
+from headwater.report import Findings, Section
 from headwater.reward import Reward
 from headwater.runs import Metrics, Run
 from headwater.training import ExplorationSettings, Sharpness, Training
@@ -263,6 +265,9 @@ class LanguageRecipe(Recipe):
         from headwater.language.evaluation import figures
 
         return figures(self, run, sampler)
+
+    def findings(self, figures: Mapping[str, object]) -> Findings:
+        return findings(figures)
 
     def sections(self, run: Run, policy: Policy) -> list[Section]:
         from headwater.language.sections import sections

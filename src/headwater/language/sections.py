@@ -14,9 +14,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from headwater.language.findings import START, term
 from headwater.report import Section
 from headwater.report.figures import MEDIUM, PALETTE, SERIES, SMALL, custom_figure, line_figure
-from headwater.report.glossary import START, evaluation_term
 from headwater.report.numbers import as_float, number
 from headwater.runs import Run
 
@@ -54,9 +54,9 @@ def _answers(evaluation: Mapping[str, object]) -> Section | None:
     prompts, each = (number(as_float(evaluation.get(name))) for name in ("prompts", "completions_per_prompt"))
     names = dict.fromkeys(["pass_at_1", f"pass_at_{each}", *_COMPARED])
     lines = "".join(
-        f'<tr><th scope="row">{escape(evaluation_term(name).label)}</th>'
+        f'<tr><th scope="row">{escape(term(name).label)}</th>'
         f'<td class="number">{_value(evaluation, START + name)}</td><td class="number">{_value(evaluation, name)}</td>'
-        f'<td class="meaning">{escape(evaluation_term(name).meaning)}</td></tr>'
+        f'<td class="meaning">{escape(term(name).meaning)}</td></tr>'
         for name in names
         if name in evaluation
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -26,7 +26,7 @@ from headwater.objectives import Objective
 from headwater.policies import EnvironmentPolicy, Network, Policy
 from headwater.policies.environment_policy import Backward
 from headwater.replay import ReplaySettings
-from headwater.report import Section
+from headwater.report import Findings, Section, common_findings
 from headwater.reward import CACHE_CAPACITY, CachedReward, Reward, TemperedReward
 from headwater.runs import Metrics, Run, Samples, Setting
 from headwater.search import Explorer, SearchSettings
@@ -144,6 +144,12 @@ class Recipe(ABC):
     def write_samples(self, run: Run, samples: Samples) -> list[Path]:
         """Write the samples in the field's own formats too; returns the files."""
         return []
+
+    def findings(self, figures: Mapping[str, object]) -> Findings:
+        """What a run amounts to, on a terminal and at the top of its report, and what its figures are called. figures:
+        those of evaluation.json, as far as there are any; and `trajectories` and `log_z` of training.
+        """
+        return common_findings(figures)
 
     def sections(self, run: Run, policy: Policy) -> list[Section]:
         """The report's sections of this domain: the objects drawn as the field draws them. `policy` is trained."""

@@ -5,8 +5,8 @@ measurements (Deleu et al. 2022, arXiv 2202.13903), up to five variables beside 
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
@@ -26,13 +26,27 @@ from headwater.policies.environment_policy import Backward
 from headwater.recipes.base import EnvironmentRecipe
 from headwater.recipes.dags_data import FEWEST_ROWS, Dataset, linear_gaussian_network, read_table
 from headwater.replay import ReplaySettings
-from headwater.report import Section
+from headwater.report import Findings, Section, Term
 from headwater.reward import Reward
 from headwater.runs import Run, Samples, atomic
 from headwater.training import ExplorationSettings, Training
 
 _MOST_ENUMERATED = 6
 """Nodes beyond which there are too many graphs even with one parent each."""
+
+_TERMS = {
+    "expected_edges": Term("Edges expected", "Mean number of edges of the sampled graphs."),
+    "expected_distance_to_truth": Term(
+        "Distance to the true graph", "Mean structural Hamming distance of the sampled graphs to it."
+    ),
+    "edge_area_under_curve": Term(
+        "Area under the curve, edges",
+        "Probability that an edge of the true graph has a higher marginal than one that is not; 0.5 is chance.",
+    ),
+    "edge_marginal_correlation": Term(
+        "Correlation of edge marginals", "Of the samples' with the exact posterior's; 1 is perfect."
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -142,6 +156,9 @@ class DagsRecipe(EnvironmentRecipe):
             agreement = evaluation.correlation(_off_diagonal(target), _off_diagonal(marginals))
             figures["edge_marginal_correlation"] = agreement["pearson"]
         return figures
+
+    def findings(self, figures: Mapping[str, object]) -> Findings:
+        return replace(super().findings(figures), terms=_TERMS)
 
     def write_samples(self, run: Run, samples: Samples) -> list[Path]:
         """edge_marginals.csv: how probable each edge is, by the samples and exactly where that can be had."""

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater.report.figures import histogram_figure, line_figure, scatter_figure
-from headwater.report.glossary import METRICS, evaluation_term
+from headwater.report.glossary import METRICS, Term, evaluation_term
 from headwater.report.numbers import as_float, number
 from headwater.runs import Samples
 
@@ -30,13 +30,13 @@ class Chart:
     svg: str
 
 
-def convergence_charts(rows: Rows, evaluation: Mapping[str, object]) -> list[Chart]:
-    """One small figure for each quantity that was logged, over the trajectories drawn."""
+def convergence_charts(rows: Rows, evaluation: Mapping[str, object], terms: Mapping[str, Term]) -> list[Chart]:
+    """One small figure for each quantity that was logged, over the trajectories drawn. terms: the domain's."""
     charts = []
     exact = as_float(evaluation.get("log_z_exact"))
     evaluated = sorted({name for row in rows for name in row if name.startswith("eval/")} - _NOT_CURVES)
     for name in [*METRICS, *evaluated]:
-        term = METRICS.get(name) or evaluation_term(name.removeprefix("eval/"))
+        term = METRICS.get(name) or evaluation_term(name.removeprefix("eval/"), terms)
         curve = _curve(rows, name)
         if not np.isfinite(curve[1]).any():
             continue

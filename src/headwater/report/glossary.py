@@ -1,7 +1,10 @@
-"""What the figures of a run mean, in plain words: labels and explanations that the report prints beside the numbers."""
+"""What the figures of a run mean, in plain words: labels and explanations that the report prints beside the numbers. A
+domain brings the terms of its own (`Recipe.findings`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -12,9 +15,6 @@ class Term:
     label: str
     meaning: str = ""
 
-
-START = "start/"
-"""Before the name of a figure that is of what training started from."""
 
 EVALUATION: dict[str, Term] = {
     "total_variation": Term(
@@ -40,9 +40,7 @@ EVALUATION: dict[str, Term] = {
         "Effective sample size",
         "Share of importance-weighted trajectories that carries the weight; 1 is perfect, near 0 a few dominate.",
     ),
-    "pearson": Term(
-        "Pearson correlation", "Of log-reward with log-probability, over distinct draws; 1 is perfect."
-    ),
+    "pearson": Term("Pearson correlation", "Of log-reward with log-probability, over distinct draws; 1 is perfect."),
     "spearman": Term("Spearman correlation", "The same of their ranks: are better objects likelier? 1 is perfect."),
     "pearson_with_random_objects": Term(
         "Pearson, random objects too", "The same with as many uniformly random objects beside the sampler's draws."
@@ -50,17 +48,6 @@ EVALUATION: dict[str, Term] = {
     "spearman_with_random_objects": Term("Spearman, random objects too", "The same of their ranks."),
     "modes": Term("Modes found", "Distinct regions of high reward that the samples reach."),
     "modes_total": Term("Modes in all", "Distinct regions of high reward that there are."),
-    "expected_edges": Term("Edges expected", "Mean number of edges of the sampled graphs."),
-    "expected_distance_to_truth": Term(
-        "Distance to the true graph", "Mean structural Hamming distance of the sampled graphs to it."
-    ),
-    "edge_area_under_curve": Term(
-        "Area under the curve, edges",
-        "Probability that an edge of the true graph has a higher marginal than one that is not; 0.5 is chance.",
-    ),
-    "edge_marginal_correlation": Term(
-        "Correlation of edge marginals", "Of the samples' with the exact posterior's; 1 is perfect."
-    ),
     "samples": Term("Samples", "Objects drawn, repeats included."),
     "distinct_samples": Term("Distinct samples", "Different objects among them."),
     "empirical_total_variation": Term(
@@ -81,30 +68,7 @@ EVALUATION: dict[str, Term] = {
         "Mean log-reward, random search", "Over the 100 best distinct objects of random search."
     ),
     "baseline_calls": Term("Reward calls of random search", "How many random objects the baseline scored."),
-    "pass_at_1": Term("pass@1", "Probability that a completion is right, on the test prompts."),
-    "mean_reward": Term("Mean reward", "Of the completions of the test prompts."),
-    "mean_reward_error": Term("Its standard error", "Over prompts."),
-    "win_rate": Term("Win rate", "Share of completions with a higher reward than the one that the data prefer."),
-    "distinct_completions": Term("Different completions", "Of one prompt, in the mean over prompts."),
-    "distinct_right_completions": Term("Different right completions", "Of one prompt, in the mean over prompts."),
-    "embedding_distance": Term(
-        "Embedding distance",
-        "Mean cosine distance of pairs of one prompt's completions, by the starting model's mean last hidden states.",
-    ),
-    "divergence": Term(
-        "Divergence from the start",
-        "log-probability minus the starting model's, of a completion of its own, in nats."
-    ),
-    "entropy_per_token": Term("Entropy", "−log-probability of a token of its own completions, in nats."),
-    "start_perplexity": Term(
-        "Perplexity under the start", "exp of the starting model's mean −log-probability of a token."
-    ),
-    "mean_length": Term("Mean length", "Steps of a trajectory: for a language model, tokens."),
-    "truncated": Term("Share cut off", "Completions that the length limit or a stop text ended."),
-    "prompts": Term("Test prompts", "That were measured on."),
-    "completions_per_prompt": Term("Completions of each", "That were drawn."),
-    "failed_completions": Term("Completions without a reward", "The reward failed on them; they do not count."),
-}  # fmt: skip
+}
 
 METRICS: dict[str, Term] = {
     "loss": Term("Loss", "The objective, on the batches learnt from (log scale)."),
@@ -116,8 +80,7 @@ METRICS: dict[str, Term] = {
 }
 
 
-def evaluation_term(name: str) -> Term:
-    """The term of a key of evaluation.json; an unknown key is called what it is called."""
-    if (k := name.removeprefix("pass_at_")).isdecimal():
-        return EVALUATION.get(name) or Term(f"pass@{k}", f"Probability that one of {k} completions is right.")
-    return EVALUATION.get(name) or Term(name.replace("_", " ").capitalize())
+def evaluation_term(name: str, terms: Mapping[str, Term]) -> Term:
+    """The term of a key of evaluation.json, one of a domain's `terms` or else the glossary's; an unknown key is called
+    what it is called."""
+    return terms.get(name) or EVALUATION.get(name) or Term(name.replace("_", " ").capitalize())

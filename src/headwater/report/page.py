@@ -23,7 +23,8 @@ from markupsafe import Markup
 from headwater.objects import UNTRAINED
 from headwater.report import Section, charts, numbers
 from headwater.report.figures import DARK_PALETTE, PALETTE
-from headwater.report.glossary import EVALUATION, START, evaluation_term
+from headwater.report.findings import Card, Findings, best_log_z, figures_of
+from headwater.report.glossary import EVALUATION, evaluation_term
 from headwater.report.numbers import as_float, number
 from headwater.runs import Run, Samples, atomic
 
@@ -32,27 +33,19 @@ _MOST_CHARACTERS = 300
 _MOST_EXTRA_COLUMNS = 4
 
 
-@dataclass(frozen=True)
-class _Card:
-    """A key figure. note: what to read it against."""
-
-    label: str
-    value: str
-    note: str = ""
-
-
-def write(run: Run, sections: Sequence[Section], defaults: Mapping[str, object] | None) -> Path:
+def write(run: Run, sections: Sequence[Section], defaults: Mapping[str, object] | None, findings: Findings) -> Path:
     """`headwater.report.write_report`, with drawing imported."""
     rows, evaluation, samples = run.metrics(), run.evaluation(), run.samples()
     last: dict[str, object] = {name: value for row in rows for name, value in row.items()}
-    log_z = _log_z(evaluation, last)
-    convergence = charts.convergence_charts(rows, evaluation)
+    convergence = charts.convergence_charts(rows, evaluation, findings.terms)
     by_time = charts.quality_by_time_chart(rows)
     convergence += [by_time] if by_time else []
     throughput, searching = charts.throughput_chart(rows), charts.search_charts(rows)
     baseline = evaluation.get("baseline_log_reward")
     rewards = charts.reward_chart(samples, baseline if isinstance(baseline, list) else []) if samples else None
-    calibration = charts.calibration_chart(samples, log_z) if samples and samples.is_logarithm else None
+    calibration = (
+        charts.calibration_chart(samples, best_log_z(figures_of(run))) if samples and samples.is_logarithm else None
+    )
     sampled = [chart for chart in (rewards, calibration) if chart]
     html = _template().render(
         run=run,
@@ -61,11 +54,11 @@ def write(run: Run, sections: Sequence[Section], defaults: Mapping[str, object] 
         asked=_asked(run.settings, defaults),
         compared=defaults is not None,
         provenance=_Provenance.of(run.provenance),
-        cards=_cards(last, evaluation, samples, log_z),
-        verdict=_verdict(last, evaluation, samples),
+        cards=_cards(findings, last, samples),
+        verdict=_verdict(findings, samples),
         notices=_notices(run, last, evaluation, samples),
         failed=_failures(last),
-        figures_of_evaluation=_evaluation_table(evaluation),
+        figures_of_evaluation=_evaluation_table(evaluation, findings),
         best=_best_objects(samples) if samples and samples.is_logarithm else None,
         sections=[(section.title, Markup(_themed(section.html))) for section in sections],
         convergence=_inlined(convergence),
@@ -100,81 +93,32 @@ def _template() -> Template:
 # What the run amounts to
 
 
-def _log_z(evaluation: Mapping[str, object], last: Mapping[str, object]) -> float:
-    """The best estimate of log Z there is, NaN without one."""
-    known = [evaluation.get("log_z_estimate"), evaluation.get("log_z"), last.get("log_z")]
-    finite = [value for value in map(as_float, known) if np.isfinite(value)]
-    return finite[0] if finite else float("nan")
-
-
-def _cards(
-    last: Mapping[str, object], evaluation: Mapping[str, object], samples: Samples | None, log_z: float
-) -> list[_Card]:
-    cards = []
-    exact = as_float(evaluation.get("log_z_exact"))
-    score = "pass_at_1" if "pass_at_1" in evaluation else "mean_reward"  # the same thing where rewards are verdicts
-    compared = [name for name in (score, "distinct_right_completions") if START + name in evaluation]
-    for name in compared:
-        before = number(as_float(evaluation[START + name]))
-        cards.append(
-            _Card(evaluation_term(name).label, number(as_float(evaluation[name])), f"{before} before training")
-        )
-    if np.isfinite(log_z) and not compared:
-        cards.append(_Card("log Z", f"{log_z:.3f}", f"exact {exact:.3f}" if np.isfinite(exact) else "learnt"))
-    if "total_variation" in evaluation:
-        cards.append(_Card("Total variation", number(as_float(evaluation["total_variation"])), "exact; 0 is perfect"))
-    elif "pearson" in evaluation:
-        cards.append(_Card("Pearson", number(as_float(evaluation["pearson"])), "log R with log-probability"))
+def _cards(findings: Findings, last: Mapping[str, object], samples: Samples | None) -> list[Card]:
+    """The findings' key figures, then what was drawn and what it took."""
+    cards = list(findings.cards)
     if samples:
         finite = samples.log_reward[np.isfinite(samples.log_reward)]
         if len(finite) and samples.is_logarithm:
-            cards.append(_Card("Mean log-reward", number(float(finite.mean())), "of the samples"))
+            cards.append(Card("Mean log-reward", number(float(finite.mean())), "of the samples"))
         distinct = len(set(samples.objects))
-        cards.append(_Card("Distinct objects", number(distinct), f"of {number(len(samples.objects))} samples"))
+        cards.append(Card("Distinct objects", number(distinct), f"of {number(len(samples.objects))} samples"))
     for name, label, note in (
         ("trajectories", "Trajectories", "drawn in training"),
         ("reward_calls", "Reward calls", "in training"),
     ):
         if np.isfinite(as_float(last.get(name))):
-            cards.append(_Card(label, number(as_float(last[name])), note))
+            cards.append(Card(label, number(as_float(last[name])), note))
     if np.isfinite(as_float(last.get("seconds"))):
-        cards.append(_Card("Training time", numbers.duration(as_float(last["seconds"])), "wall-clock"))
+        cards.append(Card("Training time", numbers.duration(as_float(last["seconds"])), "wall-clock"))
     return cards
 
 
-def _verdict(last: Mapping[str, object], evaluation: Mapping[str, object], samples: Samples | None) -> list[str]:
+def _verdict(findings: Findings, samples: Samples | None) -> Sequence[str]:
     """What came out, in a sentence or three that only say what was measured."""
-    said = []
-    distance, correlation = as_float(evaluation.get("total_variation")), as_float(evaluation.get("pearson"))
-    drawn = as_float(last.get("trajectories"))
-    after = f"After {number(drawn)} trajectories the" if np.isfinite(drawn) else "The"
-    if np.isfinite(distance):
-        said.append(
-            f"{after} sampler is within {number(distance)} of the target distribution in exact total variation."
-        )
-    elif np.isfinite(correlation):
-        said.append(
-            f"{after} sampler's log-probabilities follow log-reward with a Pearson correlation of {correlation:.3f}."
-        )
-    for name in ("pass_at_1", "mean_reward"):
-        now, before = (as_float(evaluation.get(key)) for key in (name, START + name))
-        if not said and np.isfinite(now) and np.isfinite(before):
-            label = evaluation_term(name).label
-            said.append(f"{after} sampler's {label} on the test prompts is {number(now)}; it was {number(before)}.")
-    top = as_float(evaluation.get("top_100_mean_log_reward"))
-    baseline = as_float(evaluation.get("baseline_top_100_mean_log_reward"))
-    if np.isfinite(top) and np.isfinite(baseline):
-        spent = as_float(evaluation.get("baseline_calls"))
-        calls = f" with {number(spent)} reward calls" if np.isfinite(spent) else ""
-        said.append(
-            f"Its 100 best objects have a mean log-reward of {number(top)}; "
-            f"those of random search{calls} have {number(baseline)}."
-        )
-    if not said and samples:
-        said.append(
-            f"{number(len(samples.objects))} samples were drawn, {number(len(set(samples.objects)))} of them distinct."
-        )
-    return said
+    if findings.verdict or not samples:
+        return findings.verdict
+    distinct = number(len(set(samples.objects)))
+    return [f"{number(len(samples.objects))} samples were drawn, {distinct} of them distinct."]
 
 
 def _notices(
@@ -241,16 +185,16 @@ def _asked(settings: Mapping[str, object], defaults: Mapping[str, object] | None
     return {name: value for name, value in _flat(settings).items() if usual.get(name) != value}
 
 
-def _evaluation_table(evaluation: Mapping[str, object]) -> list[tuple[str, str, str]]:
-    """(label, value, meaning) of every single figure; the glossary's come first, in its order. Those that stand beside
-    what training started from are a domain's to show."""
-    order = {name: position for position, name in enumerate(EVALUATION)}
+def _evaluation_table(evaluation: Mapping[str, object], findings: Findings) -> list[tuple[str, str, str]]:
+    """(label, value, meaning) of every single figure that no section shows; the glossary's come first, in its order,
+    then the domain's."""
+    order = {name: position for position, name in enumerate(dict.fromkeys([*EVALUATION, *findings.terms]))}
     rows = []
     for name in sorted(evaluation, key=lambda name: order.get(name, len(order))):
         value = evaluation[name]
-        if isinstance(value, (list, Mapping)) or name.startswith(START) or START + name in evaluation:
+        if isinstance(value, (list, Mapping)) or name in findings.shown:
             continue
-        term = evaluation_term(name)
+        term = evaluation_term(name, findings.terms)
         rows.append((term.label, _cell(value), term.meaning))
     return rows
 

@@ -8,6 +8,7 @@ import atexit
 import math
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +30,9 @@ from headwater.environments.base import Objects
 from headwater.objectives import Objective
 from headwater.policies.base import Policy
 from headwater.recipes.base import Problem, Recipe
-from headwater.report import Section
+from headwater.report import Card, Findings, Section, Term
+from headwater.report.findings import line
+from headwater.report.numbers import as_float, number
 from headwater.runs import Metrics, Run, Samples, atomic
 from headwater.sampler import Sampler
 from headwater.training import ExplorationSettings, Training
@@ -40,6 +43,19 @@ _USUAL_SIZE = 20.0
 _MEASURED_WHILE_TRAINING, _MEASURED = 256, 2000
 _LARGEST_SHARE_OF_START = 0.05
 """Of the weights that training starts from, in their moving average at the end."""
+
+
+_TERMS = {
+    "log_likelihood_bound": Term("Log-likelihood bound", "Of held-out objects, at most their log-likelihood, in nats."),
+    "log_likelihood_bound_error": Term("Its standard error", "Over objects."),
+    "log_likelihood_bound_learned": Term(
+        "The same of learned ones", "Far above the first, the prior has learned its data by heart."
+    ),
+    "sliced_wasserstein": Term("Sliced Wasserstein distance", "Of samples from held-out objects, over 256 directions."),
+    "sliced_wasserstein_floor": Term("The same of data", "Of as many learned objects: no sampler should be nearer."),
+    "held_out_objects": Term("Held-out objects", "That were not learned from."),
+    "numbers_an_object": Term("Numbers an object", "The bound is a sum over them."),
+}
 
 
 @dataclass(frozen=True)
@@ -266,6 +282,26 @@ class PriorRecipe(Recipe):
         return figures
 
     # Its objects
+
+    def findings(self, figures: Mapping[str, object]) -> Findings:
+        return Findings(
+            headline=[
+                *line(figures, "bound on the log-likelihood of held-out data: {:.3f} nats", "log_likelihood_bound"),
+                *line(
+                    figures, "sliced Wasserstein distance from them: {:.4f}; of data from data: {:.4f}",
+                    "sliced_wasserstein", "sliced_wasserstein_floor",
+                ),
+            ],
+            cards=[
+                Card(name, number(as_float(figures[key])), note)
+                for key, name, note in (
+                    ("log_likelihood_bound", "Log-likelihood bound", "of held-out data, in nats"),
+                    ("sliced_wasserstein", "Sliced Wasserstein", "of samples from held-out data"),
+                )
+                if key in figures
+            ],
+            terms=_TERMS,
+        )  # fmt: skip
 
     def text(self, objects: Objects) -> list[str]:
         assert isinstance(objects, Tensor)

@@ -26,6 +26,7 @@ _DESCRIPTION = """Learn to draw many different good answers, in proportion to ho
   headwater list                                  what can be trained
   headwater train hypergrid                       train, then sample, evaluate and report
   headwater train rna --targets targets.fasta     ... RNA oligomers that bind given targets
+  headwater train rna --iterations 500            a setting's own name will do where no other has it
   headwater train rna --help                      every setting of a recipe
   headwater train --config settings.toml          settings from a file; flags override it
 """

@@ -1,15 +1,18 @@
 """Settings from flags and TOML files: both are read by one parser against one typed schema, the recipe's dataclass.
 
 A TOML file is turned into the flags it stands for and goes before the command line's own, so a flag overrides the file
-and every mistake
-is reported the same way: by the setting's name, with what is legal.
+and every mistake is reported the same way: by the setting's name, with what is legal. Two short forms save typing: the
+name of a table stands for its first setting (`--search ray`), and a setting's own name will do where only one table has
+it (`--searchers 8`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import get_type_hints
 
 import tyro
 
@@ -22,10 +25,39 @@ CONFIG_LIMIT = 1_000_000
 
 def parse_recipe(name: str, flags: Sequence[str], program: str) -> Recipe:
     """Build the recipe `name` from command-line flags. Exits with status 2 on an unknown setting or an illegal
-    value.
+    value. Raises ValueError for a short form that may mean several settings.
     """
     recipe = find(name)
-    return tyro.cli(recipe, prog=program, args=list(flags), description=recipe.summary)
+    return tyro.cli(recipe, prog=program, args=_in_full(recipe, flags), description=recipe.summary)
+
+
+def _in_full(recipe: type[Recipe], flags: Sequence[str]) -> list[str]:
+    """The flags without short forms."""
+    kinds = get_type_hints(recipe)
+    settings = {field.name.replace("_", "-"): kinds[field.name] for field in dataclasses.fields(recipe)}
+    tables = {
+        name: [field.name.replace("_", "-") for field in dataclasses.fields(kind)]
+        for name, kind in settings.items()
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind)
+    }
+
+    def full(flag: str) -> str:
+        name, equals, value = flag.partition("=")
+        key = name.removeprefix("--").replace("_", "-")
+        if not name.startswith("--") or "." in key:
+            return flag
+        if key in tables:
+            return f"--{key}.{tables[key][0]}{equals}{value}"
+        bare = key.removeprefix("no-")
+        owners = [table for table, names in tables.items() if bare in names or key in names]
+        if {key, bare} & settings.keys() or not owners:
+            return flag
+        if len(owners) > 1:
+            several = ", ".join(f"--{table}.{key}" for table in owners)
+            raise ValueError(f"{name} may be one of {several}: say which")
+        return f"--{owners[0]}.{key}{equals}{value}"
+
+    return [full(flag) for flag in flags]
 
 
 def load_recipe(run: Run) -> Recipe:

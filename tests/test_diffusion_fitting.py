@@ -17,7 +17,7 @@ from headwater.conditions import NoCondition
 from headwater.diffusion.data import read_data
 from headwater.diffusion.denoisers import ResidualMLP, TokenTransformer
 from headwater.diffusion.fitting import PriorFitting, Unscored
-from headwater.diffusion.prior_recipe import ChainSettings, NetworkSettings, PriorRecipe, sliced_wasserstein
+from headwater.diffusion.prior_recipe import ChainSettings, NetworkSettings, PriorRecipe
 from headwater.diffusion.priors import Prior, load_prior
 from headwater.diffusion.process import BrownianProcess, GaussianProcess
 from headwater.diffusion.tokens import MaskedProcess
@@ -110,13 +110,6 @@ def test_a_policy_without_trajectories_to_given_objects_says_so() -> None:
     searcher = Searcher(Forward(), Unscored(), NoCondition(), given=torch.zeros(3, 2))
     with pytest.raises(ValueError, match="Forward cannot learn from given objects"):
         searcher.draw(2, None, torch.Generator())
-
-
-def test_sliced_wasserstein_of_a_shift_is_its_length_over_the_root_of_dimensions() -> None:
-    points = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
-    shifted = points + torch.tensor([3.0, 0, 0, 0])
-    found = sliced_wasserstein(points, shifted, torch.Generator().manual_seed(1), 20_000)
-    assert found == pytest.approx(1.5, rel=0.02)
 
 
 # The recipe

@@ -22,6 +22,7 @@ from headwater.conditions import NoCondition
 from headwater.diffusion.data import Data, read_data, read_pictures
 from headwater.diffusion.denoisers import Network, ResidualMLP, TokenTransformer
 from headwater.diffusion.fitting import PriorFitting, Unscored, Weighting
+from headwater.diffusion.measures import random_directions, sliced_wasserstein
 from headwater.diffusion.pictures import samples_beside_data
 from headwater.diffusion.priors import FOLDER, Prior, save_prior
 from headwater.diffusion.process import GaussianProcess, Parametrisation, Process, Variance
@@ -29,7 +30,7 @@ from headwater.diffusion.tokens import MaskedProcess
 from headwater.environments.base import Objects
 from headwater.objectives import Objective
 from headwater.policies.base import Policy
-from headwater.recipes.base import Problem, Recipe
+from headwater.recipes.base import Problem, Recipe, device_named
 from headwater.report import Card, Findings, Section, Term
 from headwater.report.findings import line
 from headwater.report.numbers import as_float, number
@@ -228,13 +229,7 @@ class PriorRecipe(Recipe):
     @cached_property
     def on(self) -> torch.device:
         """The device."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            return torch.empty(0, device=self.device).device
-        except (RuntimeError, AssertionError) as error:
-            said = str(error).splitlines()[0]
-            raise ValueError(f"device = {self.device!r}: auto, cpu, or a device that is there: {said}") from error
+        return device_named(self.device)
 
     def problem(self) -> Problem:
         process = self.chain.process(self.read.shape, self.read.vocabulary)
@@ -278,7 +273,8 @@ class PriorRecipe(Recipe):
             objects = policy.objects(drawn)
             assert isinstance(objects, Tensor)
             pairs = {"sliced_wasserstein": objects.cpu(), "sliced_wasserstein_floor": some[:count]}
-            figures |= {name: sliced_wasserstein(one, held_out[:count], generator) for name, one in pairs.items()}
+            directions = random_directions(256, held_out[0].numel(), generator)
+            figures |= {name: sliced_wasserstein(one, held_out[:count], directions) for name, one in pairs.items()}
         return figures
 
     # Its objects
@@ -332,15 +328,6 @@ class PriorRecipe(Recipe):
         if samples is None:
             return []
         return [samples_beside_data(self.drawn(samples), self.split[1], self.read, samples.objects)]
-
-
-def sliced_wasserstein(one: Tensor, other: Tensor, generator: torch.Generator, directions: int = 256) -> float:
-    """The 2-Wasserstein distance of two samples of equal size, `[N, *shape]`, in the root mean square over random
-    directions."""
-    drawn = torch.randn(one[0].numel(), directions, generator=generator)
-    drawn = drawn / drawn.norm(dim=0)
-    first, second = ((points.flatten(1) @ drawn).sort(0)[0] for points in (one, other))
-    return float((first - second).square().mean().sqrt())
 
 
 def _bound(policy: PriorFitting, objects: Tensor, generator: torch.Generator) -> Tensor:

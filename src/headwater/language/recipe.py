@@ -22,7 +22,7 @@ from headwater.language.policy import LanguagePolicy
 from headwater.language.vllm_server import ServerError
 from headwater.objectives import Objective
 from headwater.policies.base import Policy
-from headwater.recipes.base import Problem, Recipe
+from headwater.recipes.base import Problem, Recipe, device_named
 from headwater.replay import ReplaySettings
 from headwater.report import Findings, Section
 from headwater.reward import Reward
@@ -168,13 +168,7 @@ class LanguageRecipe(Recipe):
     @cached_property
     def on(self) -> torch.device:
         """The device."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            return torch.empty(0, device=self.device).device
-        except (RuntimeError, AssertionError) as error:
-            said = str(error).splitlines()[0]
-            raise ValueError(f"device = {self.device!r}: auto, cpu, or a device that is there: {said}") from error
+        return device_named(self.device)
 
     def token_ids(self) -> list[list[int]]:
         """Each prompt as the model is given it."""

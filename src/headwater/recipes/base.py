@@ -267,6 +267,17 @@ def listed(objects: Objects) -> list[object]:
     return list(objects)
 
 
+def device_named(name: str) -> torch.device:
+    """The device of a setting: auto takes a GPU if there is one. Raises ValueError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        said = str(error).splitlines()[0]
+        raise ValueError(f"device = {name!r}: auto, cpu, or a device that is there: {said}") from error
+
+
 def available() -> dict[str, str]:
     """The recipes that are installed: name to `module:Class`."""
     return {point.name: point.value for point in sorted(entry_points(group=GROUP), key=lambda point: point.name)}

@@ -91,7 +91,7 @@ def test_a_local_cluster_is_started_searched_with_and_left() -> None:
     assert trainer.replay is not None
     kept = trainer.replay.sample(400, seeded(0))
     versions = kept.version.unique().tolist()
-    assert len(versions) > 10
+    assert len(versions) > 5  # of 36 objects, each as it was last drawn
     asked = EnvironmentPolicy(Hypergrid(2, 6), Network(width=64), "learned")
     for version in versions:  # each was drawn by the weights whose version it bears
         asked.load_state_dict(weights[version])

@@ -19,20 +19,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from safetensors.torch import load
 
-from headwater.objects import ObjectTableError
 from headwater.policies.base import NO_EXPLORATION
 from headwater.replay import Replay
-from headwater.reward import RewardError, cache_of
+from headwater.reward import cache_of
 from headwater.search import frames, worker
-from headwater.search.asynchronous import AsynchronousSearch, Delivery, Ended, Event, Raised
-from headwater.search.base import SearchError, SearchSettings
+from headwater.search.asynchronous import AsynchronousSearch, Ended, Event
+from headwater.search.base import SearchSettings
 from headwater.search.explorer import Explorer
 from headwater.search.ledger import Lease
-from headwater.search.searcher import Calls, Drawn, Searcher
+from headwater.search.messages import event_of, header_of
+from headwater.search.searcher import Searcher
 from headwater.search.weights import SharedWeights
-from headwater.trajectories import Trajectories
 
 _PIECE = 1 << 20
 _GRACE = 0.5  # seconds that workers have to end by themselves
@@ -122,16 +120,9 @@ class Processes:
         there = self._workers.get(searcher)
         if there is None:
             return
-        message = {
-            "number": lease.number,
-            "count": lease.count,
-            "epsilon": lease.exploration.epsilon,
-            "temperature": lease.exploration.temperature,
-            "seed": lease.seed,
-        }
         there.leases += 1
         with contextlib.suppress(OSError):  # that it has ended is for `wait` to find out
-            frames.send(there.connection, message)
+            frames.send(there.connection, header_of(lease))
 
     def publish(self, version: int) -> None:
         self._weights.publish(self._parameters, version)
@@ -166,22 +157,9 @@ class Processes:
         self._end_all()
 
     def _event(self, searcher: int, header: Mapping[str, object], payload: bytes) -> Event:
-        if "raised" in header:
-            return Raised(searcher, _error(str(header["raised"]), str(header["message"]), str(header["traceback"])))
+        event = event_of(searcher, header, payload, "search worker")
         self._workers[searcher].leases -= 1
-        trajectories = Trajectories.from_tensors(load(payload))
-        return Delivery(
-            searcher=searcher,
-            sequence=int(str(header["sequence"])),
-            lease=int(str(header["lease"])),
-            version=int(str(header["version"])),
-            drawn=Drawn(
-                trajectories, int(str(header["drawn"])), int(str(header["failed"])), _counts(header["failures"])
-            ),
-            calls=_calls(header["requested"], header["evaluated"]),
-            busy=float(str(header["busy"])),
-            idle=float(str(header["idle"])),
-        )
+        return event
 
 
 def on_cpu(searcher: Searcher) -> Searcher:
@@ -190,14 +168,6 @@ def on_cpu(searcher: Searcher) -> Searcher:
     if isinstance(drawing, Explorer):
         return replace(searcher, policy=drawing.student, explorer=drawing)
     return replace(searcher, policy=drawing)
-
-
-def _counts(told: object) -> dict[str, int]:
-    return {str(kind): int(str(count)) for kind, count in told.items()} if isinstance(told, dict) else {}
-
-
-def _calls(requested: object, evaluated: object) -> Calls | None:
-    return None if requested is None else Calls(int(str(requested)), int(str(evaluated)))
 
 
 def _end_all(workers: dict[int, _Worker], owner: int) -> None:
@@ -243,13 +213,3 @@ def _reason(there: _Worker) -> str:
     name = named.get(-status, f"signal {-status}")
     hint = " (as the system does when memory runs out)" if name == "SIGKILL" else ""
     return f"was killed by {name}{hint} {doing}"
-
-
-def _error(name: str, message: str, text: str) -> Exception:
-    """The worker's error again: an error of the reward says what it says inline, any other shows where it happened."""
-    known = {kind.__name__: kind for kind in (RewardError, ValueError, SearchError, ObjectTableError)}
-    if name in known:
-        error = known[name](message)
-        error.add_note(f"in a search worker:\n{text}")
-        return error
-    return SearchError(f"a search worker failed: {name}: {message}\n{text}")

@@ -12,22 +12,20 @@ import math
 import signal
 import threading
 import time
-import traceback
 from typing import Any
 
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from headwater.policies.base import Exploration
 from headwater.replay import Replay
-from headwater.reward import RewardError, cache_of
+from headwater.reward import cache_of
 from headwater.search.asynchronous import AsynchronousSearch, Delivery, Ended, Event, Raised
 from headwater.search.base import SearchError, SearchSettings
 from headwater.search.ledger import Lease
+from headwater.search.messages import Answers, event_of, header_of
 from headwater.search.processes import on_cpu
-from headwater.search.searcher import Calls, Drawn, Searcher
-from headwater.trajectories import Trajectories
+from headwater.search.searcher import Searcher
 
 try:
     import ray
@@ -52,37 +50,24 @@ class Member:
     def __init__(self, searcher: Searcher, seed: int, keeps: bool) -> None:
         torch.set_num_threads(1)
         torch.manual_seed(seed)
-        self.searcher, self.sequence, self.ready = searcher, 0, time.monotonic()
-        self.known = searcher.calls
+        self.searcher, self.answers = searcher, Answers(searcher)
         self.cache = cache_of(searcher.reward) if keeps else None
 
-    def search(
-        self, lease: int, count: int, exploration: tuple[float, float], seed: int, version: int, weights: bytes
-    ) -> tuple[dict[str, Any], bytes]:
+    def search(self, lease: dict[str, object], version: int, weights: bytes) -> tuple[dict[str, object], bytes]:
         """Draw and score one batch."""
-        began, searcher = time.monotonic(), self.searcher
+
+        def renew() -> int:
+            if version != self.searcher.policy.version:
+                new = load(weights)
+                with torch.no_grad():
+                    for name, tensor in self.searcher.drawing.published().items():
+                        tensor.copy_(new[name])
+            return version
+
         if self.cache is not None:
             self.cache.paid = []
-        if version != searcher.policy.version:
-            new = load(weights)
-            with torch.no_grad():
-                for name, tensor in searcher.drawing.published().items():
-                    tensor.copy_(new[name])
-            searcher.policy.version = version
-        try:
-            drawn = searcher.collect(count, Exploration(*exploration), torch.Generator().manual_seed(seed))
-        except Exception as error:
-            return {"raised": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}, b""
-        calls, known, now = searcher.calls, self.known, time.monotonic()
-        new_calls = None if calls is None or known is None else calls - known
-        header = {
-            "sequence": self.sequence, "lease": lease, "version": version, "drawn": drawn.drawn,
-            "failed": drawn.failed, "failures": dict(drawn.failures), "idle": began - self.ready, "busy": now - began,
-            "calls": None if new_calls is None else (new_calls.requested, new_calls.evaluated),
-            "paid": [] if self.cache is None else self.cache.paid,
-        }  # fmt: skip
-        self.known, self.sequence, self.ready = calls, self.sequence + 1, now
-        return header, _packed(drawn.trajectories.tensors())
+        header, payload = self.answers.answer(lease, renew)
+        return header | {"paid": [] if self.cache is None else self.cache.paid}, payload
 
 
 class Actors:
@@ -122,9 +107,7 @@ class Actors:
         actor = self._actors.get(searcher)
         if actor is None:
             return
-        exploration = (lease.exploration.epsilon, lease.exploration.temperature)
-        answer = actor.search.remote(lease.number, lease.count, exploration, lease.seed, self._version, self._weights)
-        self._pending[answer] = searcher
+        self._pending[actor.search.remote(header_of(lease), self._version, self._weights)] = searcher
 
     def publish(self, version: int) -> None:
         self._version, self._weights = version, ray.put(_packed(self._drawing.published()))
@@ -166,18 +149,10 @@ class Actors:
         except (RayActorError, RayError, GetTimeoutError) as error:
             self.stop(searcher)
             return Ended(searcher, f"ended: {_told(error)}")
-        if "raised" in header:
-            return Raised(searcher, _error(header["raised"], header["message"], header["traceback"]))
-        if self._cache is not None:
-            self._cache.record(header["paid"], f"worker {self._places[searcher]}", header["version"])
-        return Delivery(
-            searcher=searcher, sequence=header["sequence"], lease=header["lease"], version=header["version"],
-            drawn=Drawn(
-                Trajectories.from_tensors(load(payload)), header["drawn"], header["failed"], header["failures"]
-            ),
-            calls=None if header["calls"] is None else Calls(*header["calls"]),
-            busy=header["busy"], idle=header["idle"],
-        )  # fmt: skip
+        event = event_of(searcher, header, payload, "search actor")
+        if isinstance(event, Delivery) and self._cache is not None:
+            self._cache.record(header["paid"], f"worker {self._places[searcher]}", event.version)
+        return event
 
 
 def _room(settings: SearchSettings) -> dict[str, Any]:
@@ -213,13 +188,3 @@ def _told(error: Exception) -> str:
     """The first and the last line of what Ray says."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ... ".join(dict.fromkeys(lines[:1] + lines[-1:])) or type(error).__name__
-
-
-def _error(name: str, message: str, text: str) -> Exception:
-    """The actor's error again, as it would be inline where that says enough."""
-    known = {kind.__name__: kind for kind in (RewardError, ValueError, SearchError)}
-    if name in known:
-        error = known[name](message)
-        error.add_note(f"in a search actor:\n{text}")
-        return error
-    return SearchError(f"a search actor failed: {name}: {message}\n{text}")

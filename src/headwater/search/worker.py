@@ -12,17 +12,13 @@ import random
 import signal
 import socket
 import sys
-import time
-import traceback
 
 import numpy as np
 import torch
-from safetensors.torch import save
 
-from headwater.objects import ObjectTable, ObjectTableError
-from headwater.policies.base import Exploration
-from headwater.reward import cache_of
+from headwater.objects import ObjectTableError
 from headwater.search import frames
+from headwater.search.messages import Answers
 from headwater.search.searcher import Searcher
 from headwater.search.weights import SharedWeights
 
@@ -32,55 +28,24 @@ _PR_SET_PDEATHSIG = 1
 def live(searcher: Searcher, weights: SharedWeights, connection: socket.socket, seed: int, parent: int) -> None:
     """The whole life of a worker process, just forked from the learner, whose process is `parent`."""
     _settle(seed, parent)
+    answers = Answers(searcher)
     with contextlib.suppress(ConnectionError):  # the learner is gone: so is the work
-        _search(searcher, weights, connection)
-    if (table := _table(searcher)) is not None:
+        _search(answers, weights, connection)
+    if answers.table is not None:
         with contextlib.suppress(ObjectTableError):  # the learner was told, or can be told nothing any more
-            table.close()
+            answers.table.close()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
 
 
-def _search(searcher: Searcher, weights: SharedWeights, connection: socket.socket) -> None:
-    parameters, generator, sequence = searcher.drawing.published(), torch.Generator(), 0
-    known, ready, table = searcher.calls, time.monotonic(), _table(searcher)
+def _search(answers: Answers, weights: SharedWeights, connection: socket.socket) -> None:
+    parameters = answers.searcher.drawing.published()
     while (received := frames.receive(connection)) is not None:
-        lease, _ = received
-        began = time.monotonic()
-        searcher.policy.version = weights.read_into(parameters)
-        generator.manual_seed(int(str(lease["seed"])))
-        exploration = Exploration(float(str(lease["epsilon"])), float(str(lease["temperature"])))
-        try:
-            drawn = searcher.collect(int(str(lease["count"])), exploration, generator)
-            if table is not None:
-                table.flush()  # whatever the learner knows of is safe on disk, and known to the other workers
-        except (Exception, SystemExit) as error:
-            report = {"raised": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
-            return frames.send(connection, report)
-        calls = searcher.calls
-        new = None if calls is None or known is None else calls - known
-        header = {
-            "sequence": sequence,
-            "lease": lease["number"],
-            "version": searcher.policy.version,
-            "drawn": drawn.drawn,
-            "failed": drawn.failed,
-            "failures": dict(drawn.failures),
-            "requested": None if new is None else new.requested,
-            "evaluated": None if new is None else new.evaluated,
-            "idle": began - ready,
-            "busy": time.monotonic() - began,
-        }
-        ready = time.monotonic()
-        payload = save({name: tensor.contiguous() for name, tensor in drawn.trajectories.tensors().items()})
+        header, payload = answers.answer(received[0], lambda: weights.read_into(parameters))
         frames.send(connection, header, payload)
-        known, sequence = calls, sequence + 1
-
-
-def _table(searcher: Searcher) -> ObjectTable | None:
-    cache = cache_of(searcher.reward)
-    return None if cache is None else cache.table
+        if "raised" in header:
+            return
 
 
 def _settle(seed: int, parent: int) -> None:

@@ -80,7 +80,7 @@ def new_trainer(
     count = BATCH if replayed else 0
     return Watched(
         policy, reward, ConditionTable(torch.arange(float(len(texts)))[:, None]), Objective("vargrad"),
-        Training(iterations=16, batch_size=BATCH, group_size=4, replayed=count, only_replayed=replayed, log_every=1),
+        Training(iterations=9999, batch_size=BATCH, group_size=4, replayed=count, only_replayed=replayed, log_every=1),
         ExplorationSettings(epsilon=0.0), ReplaySettings(1000, per_condition=4), 0,
         search=SearchSettings(runtime, searchers, timeout=patience), sharpness=Sharpness(BETA),
     )  # fmt: skip

@@ -10,14 +10,14 @@ where sigma_k|k+1^2 is the variance of x_k given x_k+1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from headwater.diffusion.likelihoods import GaussianLikelihood, Likelihood, ascent, require_support
+from headwater.diffusion.process import GaussianProcess, Process
 from headwater.reward import Reward
 
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -31,33 +31,6 @@ GRAM_LIMIT = 4096
 
 
 _DOUBT = 5.0  # nats
-
-
-class TransitionLaw(Protocol):
-    def sample(self, generator: torch.Generator) -> Tensor: ...
-    def log_prob(self, following: Tensor) -> Tensor: ...
-
-
-class Chain(Protocol):
-    """What is used of a process."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def n_steps(self) -> int: ...
-    def start(self, count: int, generator: torch.Generator) -> Tensor: ...
-    def time(self, number: Tensor) -> Tensor: ...
-    def law(self, prediction: Tensor, state: Tensor, number: Tensor) -> TransitionLaw: ...
-
-
-class GaussianChain(Chain, Protocol):
-    """What is used of a Gaussian process: x_k = alpha_k x + sigma_k e at the grid points 0 to T."""
-
-    @property
-    def alphas(self) -> Sequence[float]: ...
-    @property
-    def sigmas(self) -> Sequence[float]: ...
-    def predicted_data(self, prediction: Tensor, state: Tensor, number: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -91,7 +64,7 @@ class Draws:
 
 
 def dps(
-    process: GaussianChain,
+    process: GaussianProcess,
     denoiser: Denoise,
     likelihood: Likelihood,
     condition: Tensor,
@@ -121,7 +94,7 @@ def dps(
 
 
 def lgd_mc(
-    process: GaussianChain,
+    process: GaussianProcess,
     denoiser: Denoise,
     likelihood: Likelihood,
     condition: Tensor,
@@ -151,7 +124,7 @@ def lgd_mc(
 
 
 def pseudo_inverse_guidance(
-    process: GaussianChain,
+    process: GaussianProcess,
     denoiser: Denoise,
     likelihood: Likelihood,
     condition: Tensor,
@@ -177,7 +150,7 @@ def pseudo_inverse_guidance(
 
 
 def twisted_smc(
-    process: GaussianChain,
+    process: GaussianProcess,
     denoiser: Denoise,
     likelihood: Likelihood,
     condition: Tensor,
@@ -232,7 +205,7 @@ def twisted_smc(
 
 
 def importance_resampling(
-    process: Chain,
+    process: Process,
     denoiser: Denoise,
     reward: Reward,
     condition: Tensor,
@@ -258,7 +231,7 @@ def importance_resampling(
 
 
 @torch.no_grad()
-def prior_draws(process: Chain, denoiser: Denoise, condition: Tensor, generator: torch.Generator) -> Tensor:
+def prior_draws(process: Process, denoiser: Denoise, condition: Tensor, generator: torch.Generator) -> Tensor:
     """An object of the prior for each row of `condition`: `[N, *shape]`."""
     state = process.start(len(condition), generator).to(condition.device)
     for k in range(process.n_steps):
@@ -268,7 +241,7 @@ def prior_draws(process: Chain, denoiser: Denoise, condition: Tensor, generator:
 
 
 def _bent(
-    process: GaussianChain,
+    process: GaussianProcess,
     denoiser: Denoise,
     climb: Potential,
     condition: Tensor,
@@ -293,19 +266,19 @@ def _bent(
     return Draws(state, weight, None, cost, cost)
 
 
-def _reach(process: GaussianChain, k: int) -> float:
+def _reach(process: GaussianProcess, k: int) -> float:
     """How far the mean of the next state moves with a gradient of log r in x_k. Where x_k is noise alone: nowhere."""
     alpha = process.alphas[k]
     return _added(process, k) * process.alphas[k + 1] / alpha if alpha else 0.0
 
 
-def _added(process: GaussianChain, k: int) -> float:
+def _added(process: GaussianProcess, k: int) -> float:
     """The variance of x_k given x_k+1, that is, of the noise between them."""
     ratio = process.alphas[k] / process.alphas[k + 1]
     return process.sigmas[k] ** 2 - (ratio * process.sigmas[k + 1]) ** 2
 
 
-def _limited(shift: Tensor, process: GaussianChain, k: int, limit: float) -> Tensor:
+def _limited(shift: Tensor, process: GaussianProcess, k: int, limit: float) -> Tensor:
     """The shift, no longer than what moves x^ by `limit`, root mean square."""
     if limit == math.inf:
         return shift
@@ -314,13 +287,15 @@ def _limited(shift: Tensor, process: GaussianChain, k: int, limit: float) -> Ten
     return shift * (limit * share / length).clamp(max=1).reshape(-1, *[1] * (shift.dim() - 1))
 
 
-def _unexplained(process: GaussianChain, k: int, deviation: float) -> float:
+def _unexplained(process: GaussianProcess, k: int, deviation: float) -> float:
     """The variance of the data given x_k, of Gaussian data of one deviation."""
     alpha, sigma = process.alphas[k], process.sigmas[k]
     return (deviation * sigma) ** 2 / ((alpha * deviation) ** 2 + sigma**2)
 
 
-def _marginal(process: GaussianChain, likelihood: GaussianLikelihood, condition: Tensor, deviation: float) -> Potential:
+def _marginal(
+    process: GaussianProcess, likelihood: GaussianLikelihood, condition: Tensor, deviation: float
+) -> Potential:
     """log N(y; A x^, r_k^2 A A' + sigma^2) without its constant, for a linear A."""
     spectrum, vectors = (part.to(condition.device) for part in _whitened_gram(likelihood))
     sigma = likelihood.sigma.to(condition.device)
@@ -332,7 +307,7 @@ def _marginal(process: GaussianChain, likelihood: GaussianLikelihood, condition:
     return potential
 
 
-def _twist(process: GaussianChain, likelihood: Likelihood, condition: Tensor, deviation: float) -> Potential:
+def _twist(process: GaussianProcess, likelihood: Likelihood, condition: Tensor, deviation: float) -> Potential:
     if (
         isinstance(likelihood, GaussianLikelihood)
         and likelihood.operator.is_linear

@@ -77,10 +77,10 @@ def resample(log_weight: Tensor, count: int, generator: torch.Generator) -> Tens
     if not bool((weight > -torch.inf).any()):
         raise ValueError(f"r(x) = 0, or the reward failed, on all {len(weight)} draws: there is nothing to resample")
     cumulative = weight.softmax(0).cumsum(0)
-    first = torch.rand((), generator=generator, dtype=torch.float64)
+    first = torch.rand((), generator=generator, dtype=torch.float64, device=generator.device).cpu()
     places = (torch.arange(count, dtype=torch.float64) + first) / count * cumulative[-1].cpu()
     chosen = torch.searchsorted(cumulative.cpu(), places, right=True).clamp(max=len(weight) - 1)
-    return chosen[torch.randperm(count, generator=generator)].to(weight.device)
+    return chosen[torch.randperm(count, generator=generator, device=generator.device).cpu()].to(weight.device)
 
 
 def pareto_shape(log_weight: Tensor) -> float:

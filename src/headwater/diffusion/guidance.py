@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from headwater.diffusion.estimators import resample
 from headwater.diffusion.likelihoods import GaussianLikelihood, Likelihood, ascent, require_support
 from headwater.diffusion.process import GaussianProcess, Process
 from headwater.reward import Reward
@@ -58,9 +59,7 @@ class Draws:
 
     def resampled(self, count: int, generator: torch.Generator) -> Tensor:
         """Objects that all weigh alike, in random order: `[count, *shape]`, by systematic resampling."""
-        chosen = _systematic(self.log_weight, count, generator)
-        order = torch.randperm(count, generator=generator, device=generator.device)
-        return self.objects[chosen[order.to(chosen.device)]]
+        return self.objects[resample(self.log_weight, count, generator)]
 
 
 def dps(
@@ -192,7 +191,7 @@ def twisted_smc(
         shift = _limited(scale * _reach(process, k) * gradient, process, k, limit)
         state, prediction = state.detach(), prediction.detach()
         if _effective(weight) < threshold * count:
-            kept = _systematic(weight, count, generator)
+            kept = resample(weight, count, generator)
             state, prediction, shift, twist = state[kept], prediction[kept], shift[kept], twist[kept]
             weight = torch.full_like(weight, -math.log(count))
         law = process.law(prediction, state, number)
@@ -349,14 +348,6 @@ def _weighed(weight: Tensor, log_z: Tensor, change: Tensor) -> tuple[Tensor, Ten
 
 def _effective(log_weight: Tensor) -> float:
     return math.exp(-float((2 * log_weight).logsumexp(0)))
-
-
-def _systematic(log_weight: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Indices `[count]`, each as often as its weight says, to within one."""
-    upper = log_weight.double().exp().cumsum(0)
-    first = torch.rand(1, generator=generator, dtype=torch.float64, device=generator.device).to(upper.device)
-    points = (torch.arange(count, device=upper.device) + first) / count
-    return torch.searchsorted(upper / upper[-1], points, right=True).clamp(max=len(upper) - 1)
 
 
 def _numbers(k: int, state: Tensor) -> Tensor:

@@ -84,6 +84,28 @@ def test_a_run_of_several_learners_is_resumed_by_one(tmp_path: Path) -> None:
     assert Run.open(run.folder).metrics()[-1]["iteration"] == 20
 
 
+LEFT = """
+from pathlib import Path
+from headwater.learners import Learners
+with Learners.joined():
+    import torch.distributed.nn
+print(sorted(path.read_text() for path in Path("/proc/self/task").glob("*/comm") if "gloo" in path.read_text()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads as Linux names them")
+def test_no_thread_of_the_group_is_left_when_the_work_is_done() -> None:
+    """One that lives at the interpreter's end aborts the process now and then."""
+    port = free_port()
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", LEFT], env=os.environ | together | {"RANK": str(rank)}, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for rank in range(2)
+    ]  # fmt: skip
+    assert finish(processes).splitlines()[-1] == "[]"
+
+
 @pytest.fixture
 def learners() -> Iterator[Learners]:
     """A process group of this process alone."""

@@ -7,6 +7,7 @@ across processes, and gradients are summed after it: the update is that of one p
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,10 +37,13 @@ class Learners:
             return
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        # Functions of torch.distributed.nn hold the group of the moment of their import as a default argument. Imported
+        # after it, as other libraries do, they would keep it to the interpreter's end, where its threads may abort.
+        importlib.import_module("torch.distributed.nn")
         distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
         try:
             yield Learners()
-        finally:  # threads of a group that is left to the interpreter's end abort the process now and then
+        finally:
             distributed.destroy_process_group()
 
     @property

@@ -28,7 +28,7 @@ from headwater.environments.hypergrid import Hypergrid, HypergridReward
 from headwater.objectives import Objective
 from headwater.objects import ObjectTable, ObjectTableError
 from headwater.policies import EnvironmentPolicy, Network
-from headwater.policies.base import LogProbs
+from headwater.policies.base import Exploration, LogProbs
 from headwater.policies.environment_policy import Backward
 from headwater.replay import ReplaySettings
 from headwater.reward import CachedReward, Reward
@@ -170,6 +170,33 @@ def test_a_checkpoint_that_lacks_a_part_is_refused_by_its_name(part: str) -> Non
     del checkpoint.tensors[part]
     with pytest.raises(ValueError, match=f"does not fit.*{part}"):
         loop_trainer().restore(checkpoint)
+
+
+def test_a_warm_up_fills_the_replay_with_random_draws_before_the_first_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = loop_trainer(training=replace(LOOP, warm_up=20, iterations=1))
+    asked: list[tuple[int, float, int]] = []
+    collect = trainer.search.collect
+
+    def watched(count: int, exploration: Exploration) -> Trajectories:
+        asked.append((count, exploration.epsilon, trainer.policy.version))
+        return collect(count, exploration)
+
+    monkeypatch.setattr(trainer.search, "collect", watched)
+    trainer.run(progress_bar=False)
+    assert asked == [(8, 1.0, 0), (8, 1.0, 0), (4, 1.0, 0), (8, 0.0, 0)]
+    assert trainer.replay is not None
+    assert len(trainer.replay) > LOOP.batch_size
+
+
+def test_a_resumed_run_is_not_warmed_up_again(tmp_path: Path) -> None:
+    trainer = loop_trainer(new_run(tmp_path / "run"), training=replace(LOOP, warm_up=100, iterations=7))
+    trainer.run(progress_bar=False)
+    checkpoint = Run.open(tmp_path / "run").latest_checkpoint()
+    assert checkpoint is not None
+    again = loop_trainer(training=replace(LOOP, warm_up=100, iterations=8))
+    again.restore(checkpoint)
+    again.run(progress_bar=False)
+    assert again.search.drawn == 100 + 8 * LOOP.batch_size
 
 
 @pytest.mark.parametrize("replayed", [0, 8])

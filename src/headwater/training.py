@@ -8,6 +8,7 @@ iteration to the next, so a run that is stopped and resumed ends where one that 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import signal
 import time
@@ -110,6 +111,8 @@ class Trainer:
         """
         log = TrainingLog(self.run_folder, self.training.iterations, self.iteration, progress_bar)
         with self._interruptible(), closing(self.search), log, self._leading():
+            if not self.iteration:
+                self._warm_up()
             while self.iteration < self.training.iterations and not self.interrupted:
                 began = time.perf_counter()
                 metrics = self.update()
@@ -159,6 +162,13 @@ class Trainer:
             "epsilon": exploration.epsilon,
             **measures,
         }
+
+    def _warm_up(self) -> None:
+        """Fill the replay before the first update."""
+        at_random = dataclasses.replace(self.exploration.at(0), epsilon=1.0)
+        for first in range(0, self.training.warm_up, self.training.batch_size):
+            if not self.interrupted:
+                self.search.collect(min(self.training.batch_size, self.training.warm_up - first), at_random)
 
     def follow(self) -> None:
         """Learn from what the leader of several learners hands out, until it has no more."""

@@ -17,6 +17,9 @@ class Training:
     """Fresh trajectories an iteration."""
     replayed: int = 0
     """Trajectories an iteration drawn from the replay besides the fresh ones."""
+    warm_up: int = 0
+    """Trajectories drawn and scored for the replay before the first update, with epsilon = 1: at random, or where there
+    is a prior, by it."""
     replay_backward: bool = False
     """Walk a new path back from each replayed object, in the place of the remembered one."""
     only_replayed: bool = False
@@ -45,11 +48,13 @@ class Training:
         for name in ("iterations", "batch_size", "group_size", "log_every", "evaluate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
-        for name in ("replayed", "clip_gradient", "log_z_learning_rate", "steps_at_once"):
+        for name in ("replayed", "warm_up", "clip_gradient", "log_z_learning_rate", "steps_at_once"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must not be negative")
         if self.only_replayed and not self.replayed:
             raise ValueError("only_replayed: replayed = 0 leaves nothing to learn from; set it to a batch's size")
+        if self.warm_up and not self.replayed:
+            raise ValueError(f"warm_up = {self.warm_up}: fills the replay, which replayed = 0 leaves unused")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate = {self.learning_rate}: must be positive")
 

@@ -183,7 +183,7 @@ def test_a_warm_up_fills_the_replay_with_random_draws_before_the_first_update(mo
 
     monkeypatch.setattr(trainer.search, "collect", watched)
     trainer.run(progress_bar=False)
-    assert asked == [(8, 1.0, 0), (8, 1.0, 0), (4, 1.0, 0), (8, 0.0, 0)]
+    assert asked == [(8, 1.0, 0), (8, 1.0, 0), (4, 1.0, 0), (8, trainer.exploration.epsilon, 0)]
     assert trainer.replay is not None
     assert len(trainer.replay) > LOOP.batch_size
 

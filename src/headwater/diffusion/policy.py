@@ -37,6 +37,8 @@ class DiffusionPolicy(Policy):
     by the prior.
     """
 
+    is_relative = True
+
     def __init__(
         self,
         process: Process,

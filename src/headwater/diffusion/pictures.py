@@ -17,7 +17,7 @@ from headwater.report import Section
 from headwater.report.figures import MEDIUM, SERIES, custom_figure, histogram_figure
 
 _MOST_IMAGES, _MOST_POINTS, _MOST_LINES = 64, 1000, 24
-_LEAST_PIXELS = 256
+_LEAST_PIXELS = 360
 """Width of a grid of images on the page, at least: small pixels are shown as squares."""
 
 

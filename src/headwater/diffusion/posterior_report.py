@@ -27,6 +27,7 @@ _TERMS = {
     "elbo": Term("log Z, lower bound", "Mean log-weight of the sampler's own chains; tight for a perfect sampler."),
     "elbo_error": Term("Its standard error"),
     "log_z_estimate": Term("log Z, reweighted", "Log of the mean weight: right where the sampler misses nothing."),
+    "log_z_interval": Term("Its interval", "Half the width of the 95 % interval."),
     "eubo": Term(
         "log Z, upper bound",
         "Mean log-weight of chains walked back from draws of the posterior, as far as they are that.",
@@ -47,7 +48,7 @@ _TERMS = {
     "resampling_is_enough": Term("Is that enough?", "Whether resampling does as well as the sampler here."),
 }
 
-_SHOWN = 64
+_SHOWN = 36
 _HIDDEN = (190, 214, 226)
 """Colour of what a mask hides."""
 _LEVELS = np.linspace(0.02, 0.98, 49)

@@ -14,6 +14,7 @@ from headwater.diffusion.digits import load_digits
 from headwater.diffusion.operator_settings import OperatorSettings, operator_of
 from headwater.diffusion.posterior_recipe import PosteriorRecipe
 from headwater.diffusion.prior_recipe import ChainSettings, PriorRecipe
+from headwater.diffusion.priors import Units
 from headwater.diffusion.written import write_array
 from headwater.recipes.base import Recipe
 from headwater.runs import INPUTS
@@ -64,8 +65,8 @@ class DigitsRecipe(PosteriorRecipe):
         )  # fmt: skip
         jobs.train(recipe, "prior", made / "prior", ["headwater", "train", "prior"])
         truth = held_out.images[self.digit]
-        likelihood = self.likelihood.measured(operator_of(self.operator, tuple(truth.shape)), None)
-        y = likelihood.draw(truth[None], torch.Generator().manual_seed(self.seed))[0]
+        measured = self.likelihood.measured(operator_of(self.operator, tuple(truth.shape)), Units())
+        y = measured.likelihood.draw(truth[None], torch.Generator().manual_seed(self.seed))[0]
         return replace(
             self,
             prior=made / "prior",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
+import torch
 from torch import Tensor
 
 from headwater.diffusion.likelihoods import (
@@ -52,36 +53,48 @@ class LikelihoodSettings:
         if not 0 <= self.background < math.inf:
             raise ValueError(f"likelihood.background = {self.background}: must be at least 0 and finite")
 
-    def measured(self, operator: Operator, y: Tensor | None) -> MeasurementLikelihood:
-        """Of a measurement y `[1, *operator.measured]`, or of those that come with the conditions. Raises ValueError
-        where y makes no sense."""
+    def measured(self, operator: Operator, units: Units, y: Tensor | None = None) -> Measured:
+        """Of a measurement y `[1, *operator.measured]` in the units of the data, or of those that come with the
+        conditions. Raises ValueError where y makes no sense."""
+        shift = torch.zeros(operator.measured)
+        if self.name == "gaussian" and operator.is_linear:  # what the offset comes to is known: the rest stays linear
+            shift = operator(torch.full((1, *operator.shape), units.offset))[0]
+            units = Units(0.0, units.factor)
+        own = operator if units == Units() else OfUnits(operator, units)
+        known = None if y is None else y - shift
         if self.name == "gaussian":
-            return GaussianLikelihood(operator, self.noise, y)
-        return PoissonLikelihood(operator, self.gain, self.background, y)
+            return Measured(GaussianLikelihood(own, self.noise, known), shift)
+        return Measured(PoissonLikelihood(own, self.gain, self.background, known), shift)
 
-    def likelihood(self, measured: MeasurementLikelihood | None, units: Units) -> Likelihood:
+    def likelihood(self, measured: Measured | None, units: Units) -> Likelihood:
         """Of a prior's own objects. Raises ValueError where nothing is known of them, RewardError where the function
         cannot be loaded."""
-        parts: list[Likelihood] = [measured] if measured is not None else []
+        parts: list[Likelihood] = [measured.likelihood] if measured is not None else []
         if self.function is not None:
-            parts.append(FunctionLikelihood(cast("LogFunction", load_function(self.function, "likelihood.function"))))
+            function = cast("LogFunction", load_function(self.function, "likelihood.function"))
+            parts.append(FunctionLikelihood(function if units == Units() else lambda x: function(units.of_data(x))))
         if not parts:
             raise ValueError(
-                "nothing is known of the objects: give a measurement, or likelihood.function as module:function, or "
-                "learn for all measurements at once with --amortized"
+                "nothing is known of the objects: give a measurement, or likelihood.function as module:function"
             )
         whole = parts[0] if len(parts) == 1 else Product(parts)
-        if self.beta != 1:
-            whole = Tempered(whole, self.beta)
-        return whole if units == Units() else InUnits(whole, units)
+        return whole if self.beta == 1 else Tempered(whole, self.beta)
 
 
-class InUnits(Likelihood):
-    """A likelihood of objects in the units of the data, asked about objects in a prior's own numbers."""
+class Measured(NamedTuple):
+    """likelihood: of a prior's own objects, and of y - shift. shift: `[*operator.measured]`."""
 
-    def __init__(self, likelihood: Likelihood, units: Units) -> None:
-        self.likelihood, self.units = likelihood, units
-        self.condition_size = likelihood.condition_size
+    likelihood: MeasurementLikelihood
+    shift: Tensor
 
-    def compute(self, x: Tensor, condition: Tensor) -> Tensor:
-        return self.likelihood.log_prob(self.units.of_data(x), condition)
+
+class OfUnits(Operator):
+    """What an operator in the units of the data says of a prior's own objects."""
+
+    def __init__(self, operator: Operator, units: Units) -> None:
+        super().__init__(operator.shape, operator.measured)
+        self.operator, self.units = operator, units
+        self.is_linear = operator.is_linear and not units.offset
+
+    def compute(self, x: Tensor) -> Tensor:
+        return self.operator(self.units.of_data(x))

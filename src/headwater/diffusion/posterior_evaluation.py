@@ -79,7 +79,7 @@ def evaluate(
         "pareto_k": found.pareto_k,
         "mean_log_reward": float(drawn.log_reward.double().nanmean()),
     }
-    figures |= _of_measurement(measured, prior, row, drawn.objects, posterior)
+    figures |= _of_measurement(measured, row, drawn.objects, posterior)
     if truth is not None:
         figures |= _of_truth(truth, prior.units.of_data(posterior.cpu()))
     if prior.process.start(1, torch.Generator()).is_floating_point():
@@ -164,13 +164,13 @@ def _of_target(
 
 
 def _of_measurement(
-    measured: MeasurementLikelihood | None, prior: Prior, row: Tensor, draws: Tensor, posterior: Tensor
+    measured: MeasurementLikelihood | None, row: Tensor, draws: Tensor, posterior: Tensor
 ) -> dict[str, object]:
     """The mean squared residual over the noise, a measured value: of the draws, and of the reweighted ones."""
     if not isinstance(measured, GaussianLikelihood):
         return {}
     return {
-        name: float((measured.residual(prior.units.of_data(objects), row) / measured.sigma).square().mean())
+        name: float((measured.residual(objects, row) / measured.sigma).square().mean())
         for name, objects in (("chi_squared", draws), ("chi_squared_reweighted", posterior))
     }
 

@@ -14,19 +14,22 @@ from typing import ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from headwater.conditions import NoCondition
 from headwater.diffusion.adapters import Adapter
 from headwater.diffusion.baselines import require_baselines
-from headwater.diffusion.likelihood_settings import LikelihoodSettings
-from headwater.diffusion.likelihoods import Likelihood, MeasurementLikelihood, require_support
+from headwater.diffusion.denoisers import Denoiser
+from headwater.diffusion.likelihood_settings import LikelihoodSettings, Measured
+from headwater.diffusion.likelihoods import Likelihood, require_support
 from headwater.diffusion.measurements import read_array, read_measurements
 from headwater.diffusion.operator_settings import OperatorSettings, operator_of
+from headwater.diffusion.operators import Operator
 from headwater.diffusion.policy import DiffusionPolicy
-from headwater.diffusion.posterior_evaluation import Evaluated, evaluate
-from headwater.diffusion.posterior_report import findings_of, report_sections
+from headwater.diffusion.posterior_evaluation import evaluate
+from headwater.diffusion.posterior_report import Seen, findings_of, report_sections
 from headwater.diffusion.priors import SETTINGS, Prior, load_prior, save_prior
+from headwater.diffusion.process import GaussianProcess
 from headwater.diffusion.written import numbers_of, text_of, write_array
 from headwater.environments.base import Objects
 from headwater.objectives import Objective
@@ -68,8 +71,9 @@ class PosteriorRecipe(Recipe):
     """The noise of the measurement, and what else is known."""
     truth: Path | None = None
     """The object itself, if it is known: a file as of a measurement. Only for comparison."""
-    adapter: Adapter = field(default_factory=lambda: Adapter("copy"))
-    """How the posterior's network is made from the prior's."""
+    adapter: Adapter = field(default_factory=lambda: Adapter("correction", langevin=True, gradient_at="data"))
+    """How the posterior's network is made from the prior's: a copy, low-rank adapters, or a network beside it; with
+    langevin it is told the gradient of the likelihood, where there is one."""
     learned_steps: int = 0
     """Steps of each chain that are learned from in an update, drawn at random; 0 for all."""
     annealing: Sharpness = field(default_factory=lambda: Sharpness(1.0, 1.0, 0.5))
@@ -137,15 +141,24 @@ class PosteriorRecipe(Recipe):
         return load_prior(self.prior, self.prior_steps, self.prior_eta)
 
     @cached_property
-    def measured(self) -> MeasurementLikelihood | None:
-        """The likelihood of the measurement; None where there is none."""
+    def forward(self) -> Operator:
+        """A(x), in the units of the data."""
+        return operator_of(self.operator, self.given.process.shape)
+
+    @cached_property
+    def y(self) -> Tensor | None:
+        """What was measured, `[1, *forward.measured]`; None where nothing was."""
         if self.measurement is None:
             return None
-        operator = operator_of(self.operator, self.given.process.shape)
-        y = read_measurements(self.measurement, operator, self.value_range)
+        y = read_measurements(self.measurement, self.forward, self.value_range)
         if len(y) > 1:
-            raise ValueError(f"{self.measurement}: holds {len(y)} measurements, the posterior is of one")
-        return self.likelihood.measured(operator, y)
+            raise ValueError(f"{self.measurement}: holds {len(y)} measurements, a posterior is of one")
+        return y
+
+    @cached_property
+    def measured(self) -> Measured | None:
+        """The likelihood of the measurement; None where there is none."""
+        return None if self.y is None else self.likelihood.measured(self.forward, self.given.units, self.y)
 
     @cached_property
     def target(self) -> Likelihood:
@@ -168,21 +181,39 @@ class PosteriorRecipe(Recipe):
         return device_named(self.device)
 
     def problem(self) -> Problem:
-        prior = self.given
-        posterior = self.adapter.posterior(prior, 0, self.target.log_prob if self.adapter.langevin else None)
-        policy = DiffusionPolicy(
-            prior.process, prior.denoiser, posterior, None, self.training.steps_at_once, self.learned_steps
-        )
-        annealed = self.annealing.at(0.0) != 1
-        return Problem(policy.to(self.on), self.target, NoCondition(), sharpness=self.annealing if annealed else None)
+        annealed = self.annealing if self.annealing.at(0.0) != 1 else None
+        return Problem(self.policy(self._denoiser()), self.target, NoCondition(), sharpness=annealed)
+
+    def policy(self, posterior: Denoiser, log_z: nn.Module | None = None) -> DiffusionPolicy:
+        """Of a posterior's denoiser."""
+        process, prior = self.given.process, self.given.denoiser
+        policy = DiffusionPolicy(process, prior, posterior, log_z, self.training.steps_at_once, self.learned_steps)
+        return policy.to(self.on)
+
+    def _denoiser(self, columns: int = 0, examples: Tensor | None = None) -> Denoiser:
+        """By the adapter, without a gradient where there is none."""
+        adapter = self.adapter
+        if adapter.langevin and not self._has_gradient(examples):
+            adapter = replace(adapter, langevin=False)
+        return adapter.posterior(self.given, columns, self.target if adapter.langevin else None, examples)
+
+    def _has_gradient(self, examples: Tensor | None) -> bool:
+        if not isinstance(self.given.process, GaussianProcess):
+            return False
+        condition = torch.empty(1, 0) if examples is None else examples[:1]
+        try:
+            self.target.gradient(torch.zeros(1, *self.given.process.shape), condition)
+        except TypeError:
+            return False
+        return True
 
     def check(self) -> None:
         """Also that the likelihood is not 0, and has not failed, on all of some draws of the prior."""
-        problem = self.problem()
-        _ = self.true_object
-        nothing = torch.empty(_TRIED, 0, device=self.on)
-        objects, _ = self.given.sample(nothing, torch.Generator().manual_seed(self.seed))
-        require_support(problem.reward(objects, nothing), f"of {_TRIED} draws of the prior")
+        problem, _ = self.problem(), self.true_object
+        row = torch.empty(1, 0) if (row := self.default_condition()) is None else row
+        rows = row.to(self.on).expand(_TRIED, -1)
+        objects, _ = self.given.sample(rows, torch.Generator().manual_seed(self.seed))
+        require_support(problem.reward(objects, rows), f"of {_TRIED} draws of the prior")
 
     # How good it is
 
@@ -191,16 +222,14 @@ class PosteriorRecipe(Recipe):
         policy = sampler.problem.policy
         assert isinstance(policy, DiffusionPolicy)
         calls = max((int(float(row["reward_calls"])) for row in run.metrics() if "reward_calls" in row), default=0)
-        evaluated = self._evaluated(policy, calls)
+        evaluated = evaluate(
+            policy, self.given, self.target, None if self.measured is None else self.measured.likelihood,
+            self.true_object, self.baselines, calls, torch.Generator().manual_seed(self.seed + 2),
+            self.default_condition(),
+        )  # fmt: skip
         for name, objects in evaluated.drawn_by.items():
             write_array(run.folder / f"baseline-{name}.npy", self._in_units(objects))
         return evaluated.figures
-
-    def _evaluated(self, policy: DiffusionPolicy, calls: int) -> Evaluated:
-        generator = torch.Generator().manual_seed(self.seed + 2)
-        return evaluate(
-            policy, self.given, self.target, self.measured, self.true_object, self.baselines, calls, generator
-        )
 
     def findings(self, figures: Mapping[str, object]) -> Findings:
         return findings_of(figures)
@@ -237,6 +266,7 @@ class PosteriorRecipe(Recipe):
         samples = run.samples()
         if samples is None:
             return []
+        seen = None if self.y is None else Seen(self.forward, self.y, self.likelihood)
         return report_sections(
-            run.folder, run.evaluation(), self.measured, self.true_object, self.drawn(samples), samples.objects
+            run.folder, run.evaluation(), seen, self.true_object, self.drawn(samples), samples.objects
         )

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from headwater.diffusion.likelihoods import GaussianLikelihood, MeasurementLikelihood
-from headwater.diffusion.operators import Mask
+from headwater.diffusion.likelihood_settings import LikelihoodSettings
+from headwater.diffusion.operators import Mask, Operator
 from headwater.diffusion.pictures import half_a_page, image_grid
 from headwater.report import Card, Findings, Section, Term
 from headwater.report.figures import MEDIUM, PALETTE, SERIES, custom_figure
@@ -49,6 +50,17 @@ _TERMS = {
 }
 
 _SHOWN = 36
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was measured, `[1, *operator.measured]`, all in the units of the data."""
+
+    operator: Operator
+    y: Tensor
+    likelihood: LikelihoodSettings
+
+
 _HIDDEN = (190, 214, 226)
 """Colour of what a mask hides."""
 _LEVELS = np.linspace(0.02, 0.98, 49)
@@ -118,14 +130,14 @@ def _verdict(figures: Mapping[str, object]) -> list[str]:
 def report_sections(
     folder: Path,
     evaluation: Mapping[str, object],
-    measured: MeasurementLikelihood | None,
+    seen: Seen | None,
     truth: Tensor | None,
     values: NDArray[np.generic],
     text: Sequence[str],
 ) -> list[Section]:
     """values: the samples, `[N, *shape]` in the units of the data. text: the same as text."""
-    sections = [_objects(folder, evaluation, measured, truth, values, text)]
-    figures = [_residuals(measured, values), _coverage(truth, values)]
+    sections = [_objects(folder, evaluation, seen, truth, values, text)]
+    figures = [_residuals(seen, values), _coverage(truth, values)]
     if any(figures):
         sections.append(Section("Residuals and coverage", f'<div class="figures">{"".join(figures)}</div>'))
     table = _others(evaluation)
@@ -135,7 +147,7 @@ def report_sections(
 def _objects(
     folder: Path,
     evaluation: Mapping[str, object],
-    measured: MeasurementLikelihood | None,
+    seen: Seen | None,
     truth: Tensor | None,
     values: NDArray[np.generic],
     text: Sequence[str],
@@ -147,7 +159,7 @@ def _objects(
     numbers = values.astype(np.float64)
     if len(shape) == 3 and shape[0] in (1, 3):
         return Section(
-            title, f'<div class="figures">{"".join(_images(folder, evaluation, measured, truth, numbers))}</div>'
+            title, f'<div class="figures">{"".join(_images(folder, evaluation, seen, truth, numbers))}</div>'
         )
     flat = numbers.reshape(len(numbers), -1)
     known = None if truth is None else truth.numpy().reshape(-1)
@@ -160,16 +172,17 @@ def _objects(
 def _images(
     folder: Path,
     evaluation: Mapping[str, object],
-    measured: MeasurementLikelihood | None,
+    seen: Seen | None,
     truth: Tensor | None,
     values: NDArray[np.float64],
 ) -> list[str]:
     low, high = (float(value) for value in np.quantile(values, [0.001, 0.999]))
     deviation = values.std(0)
     figures = []
-    seen = None if measured is None else _measurement_image(measured, values.shape[1:], low, high)
-    if seen is not None:
-        figures.append(_image("Measurement", seen, "What is hidden is blue." if _masks(measured) else ""))
+    picture = None if seen is None else _measurement_image(seen, values.shape[1:], low, high)
+    if seen is not None and picture is not None:
+        hides = isinstance(seen.operator, Mask)
+        figures.append(_image("Measurement", picture, "What is hidden is blue." if hides else ""))
     if truth is not None:
         figures.append(_image("Truth", image_grid(truth.numpy()[None], low, high)))
     figures += [
@@ -187,23 +200,17 @@ def _images(
     return figures
 
 
-def _masks(measured: MeasurementLikelihood | None) -> bool:
-    return measured is not None and isinstance(measured.operator, Mask)
-
-
-def _measurement_image(measured: MeasurementLikelihood, shape: tuple[int, ...], low: float, high: float) -> str | None:
+def _measurement_image(seen: Seen, shape: tuple[int, ...], low: float, high: float) -> str | None:
     """What was measured as a picture, if it is one; None otherwise."""
-    operator, y = measured.operator, measured.y
-    if y is None:
-        return None
+    operator, y = seen.operator, seen.y
     if isinstance(operator, Mask):
-        seen = torch.zeros(math.prod(shape), dtype=torch.bool)
-        seen[operator.seen] = True
+        known = torch.zeros(math.prod(shape), dtype=torch.bool)
+        known[operator.seen] = True
         whole = torch.zeros(math.prod(shape))
         whole[operator.seen] = y.flatten().cpu()
         scaled = ((whole.view(shape) - low) / max(high - low, 1e-12)).clamp(0, 1).expand(3, -1, -1)
         blue = torch.tensor(_HIDDEN).view(3, 1, 1) / 255
-        return image_grid(torch.where(seen.view(shape).expand(3, -1, -1), scaled, blue).numpy()[None], 0.0, 1.0)
+        return image_grid(torch.where(known.view(shape).expand(3, -1, -1), scaled, blue).numpy()[None], 0.0, 1.0)
     if len(operator.measured) == 3 and operator.measured[0] in (1, 3):
         return image_grid(y.cpu().numpy(), float(y.min()), float(y.max()))
     return None
@@ -235,11 +242,12 @@ def _profile(figure: Figure, flat: NDArray[np.float64], known: NDArray[np.float6
     axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.01), ncols=3)
 
 
-def _residuals(measured: MeasurementLikelihood | None, values: NDArray[np.generic]) -> str:
-    if not isinstance(measured, GaussianLikelihood) or measured.y is None:
+def _residuals(seen: Seen | None, values: NDArray[np.generic]) -> str:
+    if seen is None or seen.likelihood.name != "gaussian":
         return ""
     objects = torch.from_numpy(values[:500].astype(np.float32))
-    away = (measured.residual(objects, objects.new_zeros(len(objects), 0)) / measured.sigma).flatten().numpy()
+    with torch.no_grad():
+        away = ((seen.y - seen.operator(objects)) / seen.likelihood.noise).flatten().numpy()
     edges = np.linspace(-4, 4, 41)
     title = "Residuals over noise"
 

@@ -155,6 +155,11 @@ class PosteriorRecipe(Recipe):
             raise ValueError(f"{self.measurement}: holds {len(y)} measurements, a posterior is of one")
         return y
 
+    @property
+    def shown_measurement(self) -> Tensor | None:
+        """What the samples are of."""
+        return self.y
+
     @cached_property
     def measured(self) -> Measured | None:
         """The likelihood of the measurement; None where there is none."""

@@ -128,7 +128,6 @@ def test_a_langevin_correction_can_follow_the_gradient_of_the_likelihood_and_is_
     [
         ({"kind": "full"}, "kind = 'full'"),
         ({"rank": 0}, "rank = 0"),
-        ({"langevin": True}, "langevin: only with kind = 'correction'"),
         ({"largest_gradient": 0.0}, "largest_gradient = 0.0"),
     ],
 )

@@ -43,7 +43,7 @@ class Adapter:
     blocks: int = 2
     """Of the correction."""
     langevin: bool = False
-    """Let the correction scale the gradient of the log-likelihood, and add it."""
+    """Let a correction scale the gradient of the log-likelihood, and add it; nothing to the other kinds."""
     gradient_at: Place = "state"
     """Where that gradient is taken. state: at the noised state. data: at the data that the prior predicts, and scaled
     to how far Bayes' rule would move them; the correction's own network then sees it too."""
@@ -63,8 +63,6 @@ class Adapter:
         for name in ("alpha", "deviation", "largest_gradient"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be above 0")
-        if self.langevin and self.kind != "correction":
-            raise ValueError(f"langevin: only with kind = 'correction', which is {self.kind!r}")
 
     def posterior(
         self,
@@ -79,7 +77,7 @@ class Adapter:
         Langevin parametrisation. examples: conditions `[M, C]`, by whose mean and deviation those that a correction
         sees are standardised. Raises ValueError for what does not go together.
         """
-        if self.langevin and log_likelihood is None:
+        if self.langevin and self.kind == "correction" and log_likelihood is None:
             raise ValueError("langevin: needs a likelihood that has a gradient")
         if self.kind == "copy":
             return prior.denoiser.widened(columns).requires_grad_(True)

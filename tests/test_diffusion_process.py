@@ -191,3 +191,16 @@ def test_what_is_drawn_has_the_probability_that_the_law_says() -> None:
                                atol=0.01, rtol=0)  # fmt: skip
     wide = GaussianLaw(torch.zeros(50_000, 1), torch.ones(50_000)).tempered(4.0).sample(generator())
     assert float(wide.std()) == pytest.approx(2, abs=0.03)
+
+
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_a_second_half_of_a_prediction_makes_steps_narrower(variance: Variance) -> None:
+    process = GaussianProcess.of((1, 2, 2), 5, "cosine", "data", variance, final_noise=0.1)
+    state, number = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 2, 4])
+    said = torch.zeros_like(state)
+    plain = process.law(said, state, number)
+    half = process.law(torch.cat([said, torch.full_like(said, math.log(0.5))], 1), state, number)
+    same = process.law(torch.cat([said, torch.zeros_like(said)], 1), state, number)
+    torch.testing.assert_close(half.mean, plain.mean)
+    torch.testing.assert_close(half.deviation, 0.5 * plain.deviation.view(3, 1, 1, 1).expand_as(state))
+    torch.testing.assert_close(same.log_prob(state), plain.log_prob(state))

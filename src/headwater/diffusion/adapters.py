@@ -31,7 +31,7 @@ class Adapter:
 
     kind: Kind = "copy"
     """copy: all its weights learn. lora: low-rank adapters in it learn. correction: a network beside it learns what to
-    add."""
+    add, and in a Gaussian chain how much narrower each step is than the prior's."""
     rank: int = 8
     """Of every low-rank adapter."""
     alpha: float = 8.0
@@ -98,8 +98,7 @@ class Adapter:
         if isinstance(process, (MaskedProcess, UniformProcess)):
             width = -(-self.width // 4) * 4  # for its heads
             return TokenTransformer(process.length, process.vocabulary, condition, width, self.blocks)
-        learned = isinstance(process, GaussianProcess) and process.variance == "learned"
-        return ResidualMLP(process.shape, condition, self.width, self.blocks, learned)
+        return ResidualMLP(process.shape, condition, self.width, self.blocks, isinstance(process, GaussianProcess))
 
 
 class Corrected(Denoiser):
@@ -109,6 +108,9 @@ class Corrected(Denoiser):
     condition: how many columns of it are looked at, as many as either does if not given; `examples` of them say how the
     correction's are standardised.
     """
+
+    centre: Tensor
+    width: Tensor
 
     def __init__(
         self,
@@ -130,21 +132,27 @@ class Corrected(Denoiser):
         self.register_buffer("width", width)
 
     def forward(self, state: Tensor, time: Tensor, condition: Tensor) -> Tensor:
-        said = self.prior(state, time, condition)
-        return said + self.change(said, state, time, condition)
+        return self.after(self.prior(state, time, condition), state, time, condition)
 
-    def change(self, said: Tensor, state: Tensor, time: Tensor, condition: Tensor) -> Tensor:
-        """What is added to what the prior has said."""
+    def after(self, said: Tensor, state: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        """The prediction, when the prior has said something already."""
+        return _sum(self._change(said, state, time, condition), said)
+
+    def _change(self, said: Tensor, state: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         seen = (condition[:, : self.condition] - self.centre) / self.width
         if self.gradient is None:
             return self.correction(state, time, seen)
-        push = self.gradient.push(said, state, time, condition)
-        if self.gradient.columns:
-            seen = torch.cat([seen, push.flatten(1)], 1)
-        return self.correction(state, time, seen) + self.gradient.scaled(push, time)
+        push, features = self.gradient.push(said, state, time, condition)
+        said = self.correction(state, time, torch.cat([seen, features], 1))
+        return _sum(said, self.gradient.scaled(push, time))
 
-    centre: Tensor
-    width: Tensor
+
+def _sum(longer: Tensor, shorter: Tensor) -> Tensor:
+    """The second added to the first channels of the first: it may lack those of the variance."""
+    channels = shorter.shape[1]
+    if channels == longer.shape[1]:
+        return longer + shorter
+    return torch.cat([longer[:, :channels] + shorter, longer[:, channels:]], 1)
 
 
 def with_adapters(denoiser: Denoiser, rank: int, alpha: float, targets: tuple[str, ...] = _ALL) -> Denoiser:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headwater.diffusion.laws import CategoricalLaw, GaussianLaw
-from headwater.diffusion.process import BrownianProcess, GaussianProcess, Process
+from headwater.diffusion.process import BrownianProcess, GaussianProcess, Process, Variance
 from headwater.diffusion.tokens import FREE, MaskedProcess, UniformProcess
 
 GAUSSIAN = {

@@ -45,6 +45,9 @@ class Adapter:
     """Of the correction."""
     blocks: int = 2
     """Of the correction."""
+    octaves: int = 0
+    """Of the correction, for vectors: how many waves of each coordinate it sees, of periods 32, 16, 8 and so on, to
+    tell modes close together apart; in few dimensions."""
     langevin: bool = False
     """Let the correction scale the gradient of the log-likelihood at the state, and add it."""
     largest_gradient: float = 100.0
@@ -56,6 +59,8 @@ class Adapter:
         for name in ("rank", "width", "blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if self.octaves < 0:
+            raise ValueError(f"octaves = {self.octaves}: must not be negative")
         for name in ("alpha", "largest_gradient"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be above 0")
@@ -89,7 +94,7 @@ class Adapter:
             width = -(-self.width // 4) * 4  # for its heads
             return TokenTransformer(process.length, process.vocabulary, condition, width, self.blocks)
         learned = isinstance(process, GaussianProcess) and process.variance == "learned"
-        return ResidualMLP(process.shape, condition, self.width, self.blocks, learned)
+        return ResidualMLP(process.shape, condition, self.width, self.blocks, learned, self.octaves)
 
 
 class Corrected(Denoiser):

@@ -204,8 +204,8 @@ def report(content: dict[str, object]) -> str:
         "",
         f"Means over runs (lowest to highest), of {DRAWS:,} draws of a run. A mode counts as found if it has at least "
         f"a fifth of its weight. Floors of exact draws: TV {sum(floor) / len(floor):.3f}, "
-        f"W2 {sum(w_floor) / len(w_floor):.2f}. ESS: effective sample size of the weighted draws over their number; the "
-        "closed form has less than 1, since its steps are finite. Bounds on log Z are in the mean over chains: drawn "
+        f"W2 {sum(w_floor) / len(w_floor):.2f}. ESS: effective sample size of the weighted draws, over their number; "
+        "the closed form has less than 1, since its steps are finite. Bounds on log Z are means over chains: drawn "
         "by the sampler (lower), and walked back from exact draws (upper, the larger the more of the posterior is "
         "missed). Equal calls: as many as the first method asks for.",
         "",

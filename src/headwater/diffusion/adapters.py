@@ -42,6 +42,9 @@ class Adapter:
     """Of the correction."""
     blocks: int = 2
     """Of the correction."""
+    octaves: int = 0
+    """Of the correction, for vectors: how many waves of each coordinate it sees, of periods 32, 16, 8 and so on, to
+    tell modes close together apart; in few dimensions."""
     langevin: bool = False
     """Let a correction scale the gradient of the log-likelihood, and add it; nothing to the other kinds."""
     gradient_at: Place = "state"
@@ -58,6 +61,8 @@ class Adapter:
         for name in ("rank", "width", "blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if self.octaves < 0:
+            raise ValueError(f"octaves = {self.octaves}: must not be negative")
         if self.gradient_at not in get_args(Place):
             raise ValueError(f"gradient_at = {self.gradient_at!r}: must be one of {', '.join(get_args(Place))}")
         for name in ("alpha", "deviation", "largest_gradient"):
@@ -98,7 +103,8 @@ class Adapter:
         if isinstance(process, (MaskedProcess, UniformProcess)):
             width = -(-self.width // 4) * 4  # for its heads
             return TokenTransformer(process.length, process.vocabulary, condition, width, self.blocks)
-        return ResidualMLP(process.shape, condition, self.width, self.blocks, isinstance(process, GaussianProcess))
+        narrows = isinstance(process, GaussianProcess)
+        return ResidualMLP(process.shape, condition, self.width, self.blocks, narrows, self.octaves)
 
 
 class Corrected(Denoiser):

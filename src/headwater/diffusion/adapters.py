@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from headwater.diffusion.denoisers import Denoiser, Network, ResidualMLP, TokenTransformer, time_features
 from headwater.diffusion.priors import Prior
 from headwater.diffusion.process import GaussianProcess
-from headwater.diffusion.tokens import MaskedProcess, UniformProcess
+from headwater.diffusion.tokens import RevealingProcess, UniformProcess
 
 LogLikelihood: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """log r `[N]` of states `[N, *shape]` under conditions `[N, C]`, differentiable in the states."""
@@ -85,7 +85,7 @@ class Adapter:
 
     def _correction(self, prior: Prior, condition: int) -> Network:
         process = prior.process
-        if isinstance(process, (MaskedProcess, UniformProcess)):
+        if isinstance(process, (RevealingProcess, UniformProcess)):
             width = -(-self.width // 4) * 4  # for its heads
             return TokenTransformer(process.length, process.vocabulary, condition, width, self.blocks)
         learned = isinstance(process, GaussianProcess) and process.variance == "learned"

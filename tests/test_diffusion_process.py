@@ -90,6 +90,8 @@ def test_a_learned_variance_lies_between_small_and_large() -> None:
         fixed = GaussianProcess.of((1, 2, 2), 10, variance=name, final_noise=0.1)  # type: ignore[arg-type]
         expected = fixed.law(torch.zeros_like(state), state, number).deviation
         torch.testing.assert_close(learned, expected[:, None, None, None].expand_as(state))
+        said, whole = (process.predicted_data(each, state, number) for each in (prediction[:, :1], prediction))
+        torch.testing.assert_close(whole, said)
 
 
 def test_log_probabilities_are_sums_over_all_coordinates() -> None:

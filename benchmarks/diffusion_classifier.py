@@ -1,0 +1,274 @@
+"""Digits under a classifier: one digit, or the even ones, beside exact draws of the same posterior.
+
+    python benchmarks/diffusion_classifier.py
+
+The prior is the closed-form chain of the kernel density of scikit-learn's digits. The reward is a classifier's
+probability, at most 1, so that draws of the prior kept with that probability are exact draws of the posterior. Writes
+results/diffusion-classifier.json and .md; a row that is there is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_rows import Figures, Rows, over_seeds, table
+from headwater.conditions import NoCondition
+from headwater.diffusion.adapters import Adapter
+from headwater.diffusion.chains import draw_chains
+from headwater.diffusion.denoisers import Denoiser
+from headwater.diffusion.digits import CLASSES, SHAPE, digits_prior, load_digits
+from headwater.diffusion.estimators import log_z_estimates, resample
+from headwater.diffusion.guidance import Draws, dps, lgd_mc, prior_draws
+from headwater.diffusion.likelihoods import ClassifierLikelihood
+from headwater.diffusion.measures import class_shares, effective_number, mean_discrepancy, total_variation
+from headwater.diffusion.mixtures import GaussianMixture, MixtureDenoiser
+from headwater.diffusion.policy import DiffusionPolicy
+from headwater.diffusion.priors import Prior
+from headwater.diffusion.process import GaussianProcess
+from headwater.objectives import Objective
+from headwater.replay import ReplaySettings
+from headwater.training import ExplorationSettings, Sharpness, Trainer, Training
+
+RESULTS = Path(__file__).parent / "results"
+STEPS = 20
+PRIOR_DRAWS = 10_000
+DRAWS, FEW = 2000, 500
+BATCH, WARM_UP = 32, 2000
+
+EVEN, ODD = (0, 2, 4, 6, 8), (1, 3, 5, 7, 9)
+Task = Literal["digit 3", "even, sum", "even, maximum"]
+TASKS: tuple[Task, ...] = ("digit 3", "even, maximum", "even, sum")
+
+
+class Remembering(Denoiser):
+    """A denoiser without parameters that is costly, and is often asked the same twice: as the prior, and as a part of
+    the posterior."""
+
+    condition = 0
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.last: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, state: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        if state.requires_grad:
+            return self.denoiser(state, time, condition)
+        if self.last is None or self.last[0] is not state:
+            with torch.no_grad():
+                self.last = (state, self.denoiser(state, time, condition))
+        return self.last[1]
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Remembering:
+        return Remembering(self.denoiser)
+
+
+@dataclass(frozen=True, eq=False)
+class World:
+    """The prior, the classifier, and draws of the prior's chains, `[PRIOR_DRAWS, 1, 8, 8]`, that no sampler sees."""
+
+    process: GaussianProcess
+    mixture: GaussianMixture
+    denoiser: Denoiser
+    label: Tensor
+    classifier: nn.Module
+    accuracy: float
+    draws: Tensor
+
+    def likelihood(self, task: Task) -> ClassifierLikelihood:
+        if task == "digit 3":
+            return ClassifierLikelihood(self.classifier, group=3)
+        return ClassifierLikelihood(self.classifier, 0, (EVEN, ODD), "sum" if task == "even, sum" else "maximum")
+
+
+def world() -> World:
+    train, held_out = load_digits()
+    process = GaussianProcess.of(SHAPE, STEPS, "cosine", "noise", "learned", final_noise=0.1)
+    mixture = digits_prior(train)
+    ends = mixture.noised(process.alphas[-1], process.sigmas[-1])
+    denoiser = Remembering(MixtureDenoiser(mixture, process))
+    classifier = fit(train.images, train.label, 0.3)
+    noisy = held_out.images + 0.3 * torch.randn(held_out.images.shape, generator=torch.Generator().manual_seed(7))
+    right = classifier(noisy).argmax(1) == held_out.label
+    generator = torch.Generator().manual_seed(99)
+    parts = torch.split(torch.empty(PRIOR_DRAWS, 0), 1000)
+    draws = torch.cat([prior_draws(process, denoiser, part, generator) for part in parts])
+    return World(process, ends, denoiser, train.label, classifier, float(right.float().mean()), draws)
+
+
+def fit(images: Tensor, label: Tensor, noise: float, steps: int = 1500) -> nn.Module:
+    """A perceptron of one hidden layer that tells digits apart, with as much noise as the prior's draws have."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    classifier = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, CLASSES))
+    optimizer = torch.optim.Adam(classifier.parameters(), 3e-3, weight_decay=1e-4)
+    for _ in range(steps):
+        rows = torch.randint(len(images), (128,), generator=generator)
+        noisy = images[rows] + noise * torch.randn((128, *SHAPE), generator=generator)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(classifier(noisy), label[rows]).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return classifier.requires_grad_(False).eval()
+
+
+NONE = torch.empty(1, 0)
+
+
+def kept(here: World, task: Task, seed: int) -> Tensor:
+    """Exact draws of the posterior: those of the prior, each kept with probability r."""
+    r = here.likelihood(task)(here.draws, NONE.expand(PRIOR_DRAWS, -1)).exp()
+    uniform = torch.rand(PRIOR_DRAWS, generator=torch.Generator().manual_seed(seed))
+    return here.draws[uniform < r]
+
+
+def shares_of(here: World, draws: Tensor) -> Tensor:
+    """Of the ten digits: `[10]`, by the mean responsibilities of the images."""
+    return class_shares(here.mixture.responsibilities(draws).mean(0), here.label, CLASSES)
+
+
+def diversity(draws: Tensor) -> float:
+    """The mean distance of two draws."""
+    return float(torch.pdist(draws[:FEW].flatten(1)).mean())
+
+
+def look_at(here: World, task: Task, draws: Tensor, seed: int) -> Figures:
+    """Draws beside exact ones of the same posterior; the expected log r by all draws of the prior, weighed."""
+    likelihood = here.likelihood(task)
+    log_r = likelihood(here.draws, NONE.expand(PRIOR_DRAWS, -1)).double()
+    weight = log_r.softmax(0)
+    expected = float((weight * log_r).sum())
+    error = float((weight.square() * (log_r - expected).square()).sum().sqrt())
+    exact, others = kept(here, task, seed), kept(here, task, seed + 500)
+    target = class_shares(weight @ here.mixture.responsibilities(here.draws), here.label, CLASSES)
+    ours, found = shares_of(here, draws), likelihood(draws, NONE.expand(len(draws), -1)).double()
+    floor_draws = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))]
+    return {
+        "log_reward": float(found.mean()),
+        "log_reward_error": float(found.std() / len(found) ** 0.5),
+        "log_reward_exact": expected,
+        "log_reward_exact_error": error,
+        "log_z_exact": float(log_r.logsumexp(0)) - float(torch.tensor(float(PRIOR_DRAWS)).log()),
+        "shares": ours.tolist(),
+        "shares_exact": target.tolist(),
+        "shares_off": float((ours - target).abs().max()),
+        "shares_total_variation": total_variation(ours, target),
+        "shares_floor": total_variation(shares_of(here, floor_draws[: len(draws)]), target),
+        "digits": effective_number(ours),
+        "digits_exact": effective_number(target),
+        "discrepancy": mean_discrepancy(draws[:FEW], exact[:FEW]),
+        "discrepancy_floor": mean_discrepancy(floor_draws[-FEW:], exact[:FEW]),
+        "diversity": diversity(draws),
+        "diversity_exact": diversity(exact),
+    }
+
+
+def trained(here: World, task: Task, seed: int, iterations: int, objective: str) -> Figures:
+    """balance: VarGrad with a replay that starts from draws of the prior. Else REINFORCE on own draws, with the weight
+    of the divergence from the prior that is right, or with a hundredth of it."""
+    torch.manual_seed(seed)
+    began, balanced = time.process_time(), objective == "balance"
+    likelihood = here.likelihood(task)
+    adapter = Adapter("correction", width=128, blocks=2)
+    prior = Prior(here.process, here.denoiser)
+    policy = DiffusionPolicy(here.process, here.denoiser, adapter.posterior(prior))
+    training = Training(
+        iterations=iterations, batch_size=BATCH if balanced else 2 * BATCH, replayed=BATCH if balanced else 0,
+        warm_up=WARM_UP if balanced else 0, replay_backward=balanced, learning_rate=2e-3, schedule="cosine",
+        clip_gradient=10.0,
+    )  # fmt: skip
+    trainer = Trainer(
+        policy, likelihood, NoCondition(), Objective("vargrad" if balanced else "rloo"), training,
+        ExplorationSettings(epsilon=0.0, average=0.99), ReplaySettings(rule="softmax"), seed,
+        sharpness=Sharpness(0.01) if objective == "reward alone" else None,
+    )  # fmt: skip
+    trainer.run(progress_bar=False)
+    sampler = trainer.sampler
+    assert isinstance(sampler, DiffusionPolicy)
+    seconds = time.process_time() - began
+    generator = torch.Generator().manual_seed(seed)
+    drawn = draw_chains(
+        here.process, here.denoiser, sampler.posterior, likelihood, NONE.expand(DRAWS, -1), generator
+    )
+    found = log_z_estimates(drawn.log_ratio, drawn.log_reward)
+    calls = training.warm_up + iterations * training.batch_size + DRAWS
+    figures = look_at(here, task, drawn.objects, seed)
+    return {"cpu_seconds": seconds, "reward_calls": calls} | dict(found.figures()) | figures
+
+
+def guided(here: World, task: Task, seed: int, iterations: int, draw: Callable[..., Draws]) -> Figures:
+    began = time.process_time()
+    generator = torch.Generator().manual_seed(seed)
+    made = draw(here.process, here.denoiser, here.likelihood(task), NONE.expand(FEW, -1), generator)
+    seconds = time.process_time() - began
+    return {"cpu_seconds": seconds, "reward_calls": made.reward_calls} | look_at(here, task, made.objects, seed)
+
+
+def resampled(here: World, task: Task, seed: int, iterations: int) -> Figures:
+    """As many new draws of the prior as others give, weighed and drawn again."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = torch.split(torch.empty(DRAWS, 0), 1000)
+    draws = torch.cat([prior_draws(here.process, here.denoiser, part, generator) for part in parts])
+    log_r = here.likelihood(task)(draws, NONE.expand(DRAWS, -1))
+    found = log_z_estimates(torch.zeros(DRAWS), log_r)
+    chosen = draws[resample(log_r, DRAWS, generator)]
+    return {"reward_calls": DRAWS} | dict(found.figures()) | look_at(here, task, chosen, seed)
+
+
+def rejected(here: World, task: Task, seed: int, iterations: int) -> Figures:
+    """Other exact draws: the floor."""
+    return look_at(here, task, kept(here, task, seed + 1000)[:DRAWS], seed)
+
+
+def alone(here: World, task: Task, seed: int, iterations: int) -> Figures:
+    """The prior."""
+    generator = torch.Generator().manual_seed(seed)
+    return look_at(here, task, prior_draws(here.process, here.denoiser, NONE.expand(DRAWS, -1), generator), seed)
+
+
+SAMPLERS: dict[str, Callable[[World, Task, int, int], Figures]] = {
+    "relative trajectory balance": partial(trained, objective="balance"),
+    "REINFORCE with divergence": partial(trained, objective="with divergence"),
+    "REINFORCE, a hundredth of it": partial(trained, objective="reward alone"),
+    "DPS": partial(guided, draw=dps),
+    "LGD-MC": partial(guided, draw=lgd_mc),
+    "resampling, 2,000 calls": resampled,
+    "the prior": alone,
+    "exact draws": rejected,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=tuple(SAMPLERS))
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--iterations", type=int, default=1000, help="updates of training")
+    parser.add_argument("--output", type=Path, default=RESULTS / "diffusion-classifier.json")
+    asked = parser.parse_args()
+    command = ["python benchmarks/diffusion_classifier.py", *sys.argv[1:]]
+    rows, here = Rows(asked.output, command), world()
+    print(f"classifier: {100 * here.accuracy:.1f} % of held-out digits with noise", flush=True)
+    for seed in range(asked.seeds):
+        for task in asked.tasks:
+            for name in asked.samplers:
+                key: Figures = {"task": task, "sampler": name, "seed": seed}
+                rows.measure(key, partial(SAMPLERS[name], here, task, seed, asked.iterations))
+    asked.output.with_suffix(".md").write_text(report(rows, here, " ".join(command)))
+
+
+def report(rows: Rows, here: World, command: str) -> str:
+    return command + over_seeds(rows.rows, "x") + "".join(table([], []))
+
+
+if __name__ == "__main__":
+    main()

@@ -23,36 +23,61 @@ from torch import Tensor, nn
 
 from diffusion_rows import Figures, Rows, over_seeds, table
 from headwater.conditions import NoCondition
-from headwater.diffusion.adapters import Adapter
 from headwater.diffusion.chains import draw_chains
-from headwater.diffusion.denoisers import Denoiser
-from headwater.diffusion.digits import CLASSES, SHAPE, digits_prior, load_digits
+from headwater.diffusion.denoisers import Denoiser, ResidualMLP, time_features
+from headwater.diffusion.digits import CLASSES, SHAPE, Digits, digits_prior, load_digits
 from headwater.diffusion.estimators import log_z_estimates, resample
 from headwater.diffusion.guidance import Draws, dps, lgd_mc, prior_draws
 from headwater.diffusion.likelihoods import ClassifierLikelihood
 from headwater.diffusion.measures import class_shares, effective_number, mean_discrepancy, total_variation
-from headwater.diffusion.mixtures import GaussianMixture, MixtureDenoiser
+from headwater.diffusion.mixtures import GaussianMixture, MixtureDenoiser, step_numbers
 from headwater.diffusion.policy import DiffusionPolicy
-from headwater.diffusion.priors import Prior
 from headwater.diffusion.process import GaussianProcess
 from headwater.objectives import Objective
 from headwater.replay import ReplaySettings
 from headwater.training import ExplorationSettings, Sharpness, Trainer, Training
 
 RESULTS = Path(__file__).parent / "results"
-STEPS = 20
+STEPS, IMAGES = 20, 300
 PRIOR_DRAWS = 10_000
 DRAWS, FEW = 2000, 500
-BATCH, WARM_UP = 32, 2000
+BATCH = 32
+WIDTH, BLOCKS = 128, 2
+LARGEST_MOVE = 2.0
+"""Of a pixel of the predicted data, by the gradient."""
 
 EVEN, ODD = (0, 2, 4, 6, 8), (1, 3, 5, 7, 9)
 Task = Literal["digit 3", "even, sum", "even, maximum"]
 TASKS: tuple[Task, ...] = ("digit 3", "even, maximum", "even, sum")
 
 
+class Guided(Denoiser):
+    """A posterior that follows the reward's gradient: what the prior says, with the predicted data moved along the
+    gradient of log r(x^) in the state as far as DPS moves them, times a factor that is learned as a function of time;
+    and a network adds to all. Where it starts is not the prior, but DPS.
+
+    The closed-form prior and its gradient are costly and never change: they are remembered of the states asked last.
+    """
+
+    condition = 0
+
+    def __init__(self, prior: Remembering, process: GaussianProcess, likelihood: ClassifierLikelihood) -> None:
+        super().__init__()
+        self.prior, self.process, self.likelihood = prior, process, likelihood
+        self.correction = ResidualMLP(SHAPE, 0, WIDTH, BLOCKS, learned_variance=True)
+        self.correction.silence()
+        self.factor = nn.Sequential(nn.Linear(64, 32), nn.SiLU(), nn.Linear(32, 1))
+        nn.init.zeros_(self.factor[2].weight), nn.init.zeros_(self.factor[2].bias)
+
+    def forward(self, state: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        said, pulled = self.prior.with_pull(state, time, condition, self.process, self.likelihood)
+        factor = self.factor(time_features(time)).exp()[:, :, None, None]
+        moved = torch.cat((factor * pulled, torch.zeros_like(pulled)), 1)
+        return said + moved + self.correction(state, time, condition)
+
+
 class Remembering(Denoiser):
-    """A denoiser without parameters that is costly, and is often asked the same twice: as the prior, and as a part of
-    the posterior."""
+    """The closed-form prior, which is costly and is asked the same twice: by itself, and as a part of the posterior."""
 
     condition = 0
 
@@ -60,6 +85,7 @@ class Remembering(Denoiser):
         super().__init__()
         self.denoiser = denoiser
         self.last: tuple[Tensor, Tensor] | None = None
+        self.last_pull: tuple[Tensor, Tensor] | None = None
 
     def forward(self, state: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         if state.requires_grad:
@@ -69,8 +95,26 @@ class Remembering(Denoiser):
                 self.last = (state, self.denoiser(state, time, condition))
         return self.last[1]
 
+    def with_pull(
+        self, state: Tensor, time: Tensor, condition: Tensor, process: GaussianProcess, likelihood: ClassifierLikelihood
+    ) -> tuple[Tensor, Tensor]:
+        """The prior's prediction, and how the gradient of log r changes what it says of the data, as DPS does."""
+        if self.last is None or self.last[0] is not state or self.last_pull is None or self.last_pull[0] is not state:
+            number = step_numbers(process, time)
+            with torch.enable_grad():
+                here = state.detach().requires_grad_()
+                said = self.denoiser(here, time, condition)
+                data = process.predicted_data(said, here, number)
+                (slope,) = torch.autograd.grad(likelihood.log_prob(data, condition).sum(), here)
+            alpha, sigma = (each.view(-1, 1, 1, 1) for each in process.alpha_sigma(number))
+            move = (sigma.square() / alpha * slope).clamp(-LARGEST_MOVE, LARGEST_MOVE)
+            first = said.detach()[:, :1]
+            pulled = process.prediction_of(data.detach() + move, state, number) - first
+            self.last, self.last_pull = (state, said.detach()), (state, pulled)
+        return self.last[1], self.last_pull[1]
+
     def __deepcopy__(self, memo: dict[int, object]) -> Remembering:
-        return Remembering(self.denoiser)
+        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +123,7 @@ class World:
 
     process: GaussianProcess
     mixture: GaussianMixture
-    denoiser: Denoiser
+    denoiser: Remembering
     label: Tensor
     classifier: nn.Module
     accuracy: float
@@ -94,7 +138,7 @@ class World:
 def world() -> World:
     train, held_out = load_digits()
     process = GaussianProcess.of(SHAPE, STEPS, "cosine", "noise", "learned", final_noise=0.1)
-    mixture = digits_prior(train)
+    mixture = digits_prior(Digits(train.images[:IMAGES], train.label[:IMAGES]))
     ends = mixture.noised(process.alphas[-1], process.sigmas[-1])
     denoiser = Remembering(MixtureDenoiser(mixture, process))
     classifier = fit(train.images, train.label, 0.3)
@@ -103,7 +147,7 @@ def world() -> World:
     generator = torch.Generator().manual_seed(99)
     parts = torch.split(torch.empty(PRIOR_DRAWS, 0), 1000)
     draws = torch.cat([prior_draws(process, denoiser, part, generator) for part in parts])
-    return World(process, ends, denoiser, train.label, classifier, float(right.float().mean()), draws)
+    return World(process, ends, denoiser, train.label[:IMAGES], classifier, float(right.float().mean()), draws)
 
 
 def fit(images: Tensor, label: Tensor, noise: float, steps: int = 1500) -> nn.Module:
@@ -178,17 +222,14 @@ def trained(here: World, task: Task, seed: int, iterations: int, objective: str)
     torch.manual_seed(seed)
     began, balanced = time.process_time(), objective == "balance"
     likelihood = here.likelihood(task)
-    adapter = Adapter("correction", width=128, blocks=2)
-    prior = Prior(here.process, here.denoiser)
-    policy = DiffusionPolicy(here.process, here.denoiser, adapter.posterior(prior))
+    policy = DiffusionPolicy(here.process, here.denoiser, Guided(here.denoiser, here.process, likelihood))
     training = Training(
         iterations=iterations, batch_size=BATCH if balanced else 2 * BATCH, replayed=BATCH if balanced else 0,
-        warm_up=WARM_UP if balanced else 0, replay_backward=balanced, learning_rate=2e-3, schedule="cosine",
-        clip_gradient=10.0,
+        replay_backward=balanced, learning_rate=1e-3, schedule="cosine",
     )  # fmt: skip
     trainer = Trainer(
         policy, likelihood, NoCondition(), Objective("vargrad" if balanced else "rloo"), training,
-        ExplorationSettings(epsilon=0.0, average=0.99), ReplaySettings(rule="softmax"), seed,
+        ExplorationSettings(epsilon=0.0, average=0.98), ReplaySettings(rule="uniform", capacity=5000), seed,
         sharpness=Sharpness(0.01) if objective == "reward alone" else None,
     )  # fmt: skip
     trainer.run(progress_bar=False)
@@ -200,7 +241,7 @@ def trained(here: World, task: Task, seed: int, iterations: int, objective: str)
         here.process, here.denoiser, sampler.posterior, likelihood, NONE.expand(DRAWS, -1), generator
     )
     found = log_z_estimates(drawn.log_ratio, drawn.log_reward)
-    calls = training.warm_up + iterations * training.batch_size + DRAWS
+    calls = iterations * training.batch_size + DRAWS
     figures = look_at(here, task, drawn.objects, seed)
     return {"cpu_seconds": seconds, "reward_calls": calls} | dict(found.figures()) | figures
 
@@ -235,10 +276,21 @@ def alone(here: World, task: Task, seed: int, iterations: int) -> Figures:
     return look_at(here, task, prior_draws(here.process, here.denoiser, NONE.expand(DRAWS, -1), generator), seed)
 
 
+def untrained(here: World, task: Task, seed: int, iterations: int) -> Figures:
+    """Where training starts."""
+    torch.manual_seed(seed)
+    likelihood, generator = here.likelihood(task), torch.Generator().manual_seed(seed)
+    denoiser = Guided(here.denoiser, here.process, likelihood)
+    drawn = draw_chains(here.process, here.denoiser, denoiser, likelihood, NONE.expand(DRAWS, -1), generator)
+    found = log_z_estimates(drawn.log_ratio, drawn.log_reward)
+    return dict(found.figures()) | look_at(here, task, drawn.objects, seed)
+
+
 SAMPLERS: dict[str, Callable[[World, Task, int, int], Figures]] = {
     "relative trajectory balance": partial(trained, objective="balance"),
     "REINFORCE with divergence": partial(trained, objective="with divergence"),
     "REINFORCE, a hundredth of it": partial(trained, objective="reward alone"),
+    "where training starts": untrained,
     "DPS": partial(guided, draw=dps),
     "LGD-MC": partial(guided, draw=lgd_mc),
     "resampling, 2,000 calls": resampled,

@@ -52,9 +52,19 @@ def over_seeds(rows: Sequence[Figures], name: str) -> str:
     if not values:
         return ""
     mean = sum(values) / len(values)
-    return cell(mean) if len(values) == 1 else f"{cell(mean)} ({cell(min(values))} to {cell(max(values))})"
+    return cell(mean) if max(values) == min(values) else f"{cell(mean)} ({cell(min(values))} to {cell(max(values))})"
 
 
 def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table in Markdown."""
     return ["| " + " | ".join(line) + " |" for line in (heads, ["---"] * len(heads), *lines)]
+
+
+def machine(rows: Rows) -> str:
+    """Where and when the rows were measured."""
+    told = json.loads(rows.path.read_text())
+    of, load_then = told["provenance"], told["load"]
+    return (
+        f"{of['cpu']}, {of['cores']} cores, one thread, shared with other work (load {load_then}); "
+        f"torch {of['versions']['torch']}; commit {of['commit'][:12]}; {of['date']}."
+    )

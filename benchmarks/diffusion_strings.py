@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffusion_rows import Figures, Rows, over_seeds, table
+from diffusion_rows import Figures, Rows, machine, over_seeds, table
 from headwater.conditions import NoCondition
 from headwater.diffusion.adapters import Corrected
 from headwater.diffusion.chains import draw_chains, walk_back
@@ -283,7 +283,66 @@ def main() -> None:
 
 def report(rows: Rows, command: str) -> str:
     """What a reader needs."""
-    return "\n".join(table(["sampler"], [[name] for name in SAMPLERS])) + command + over_seeds(rows.rows, "seed")
+    names = ("total_variation", "divergence", "log_z_off", "effective_sample_size", "total_variation_of_draws",
+             "reward_calls", "cpu_seconds")  # fmt: skip
+    lines = [[name, *(over_seeds(rows.where(sampler=name), one) for one in names)] for name in SAMPLERS]
+    heads = ["sampler", "total variation", "divergence from the posterior (nats)", "log Z off by (nats)",
+             "ESS of 2,000", "total variation of 2,000 draws", "reward calls", "CPU s of training"]  # fmt: skip
+    between = [
+        [f"{'ACGU'[first]}____{'ACGU'[last]}", *(over_seeds(
+            rows.where(sampler="between two tokens", first=first, last=last), one) for one in (
+                "total_variation", "total_variation_of_prior", "log_z_off", "effective_sample_size", "cpu_seconds"))]
+        for first, last in PAIRS
+    ]  # fmt: skip
+    asked = [
+        [name, *(over_seeds(rows.where(sampler=name), one) for one in (
+            "filling_in_mean", "filling_in_unweighted", "filling_in_largest"))]
+        for name in ("one token a step", "one token a step, own draws only")
+    ]  # fmt: skip
+    target, log_z = exact(ONE_BY_ONE)
+    prior = MARKOV.log_prob(every_string(ONE_BY_ONE)).double()
+    said = INTRODUCTION.format(
+        log_z=log_z,
+        before=float(-(prior.exp() * prior).sum()),
+        after=float(-torch.xlogy(target, target).sum()),
+        divergence=float((target * (target.log() - prior)).sum()),
+    )
+    filled = ["first and last", "total variation", "of the prior", "log Z off by", "ESS of 2,000", "CPU s"]
+    parts = [
+        [said], table(heads, lines), [READING], table(filled, between), [ASKED],
+        table(["sampler", "mean by the posterior", "mean of 16 pairs", "largest"], asked),
+        ["", GOALS, "", f"    {command}", "", machine(rows)],
+    ]  # fmt: skip
+    return "\n".join(line for part in parts for line in part) + "\n"
+
+
+INTRODUCTION = """# Masked diffusion over strings that can be enumerated
+
+How exactly does a sampler trained by relative trajectory balance draw from prior times reward, and fill in what is
+missing, when tokens depend on each other? The prior is a Markov chain over 6 tokens of 4 (4,096 strings) with its exact
+conditionals; the reward, 3 for each of three complementary pairs of opposite tokens and 2 off for each C or G too many
+or too few, is no product over tokens. log Z is {log_z:.3f}; the entropy falls from {before:.2f} to {after:.2f} nats, and
+the posterior diverges from the prior by {divergence:.2f}. Total variation and divergence are not estimated from draws:
+the probability of every string is computed by passing probabilities along the sampler's chain. Mean over seeds, and
+range in brackets.
+"""
+READING = """
+A chain that reveals each token at a random time draws those that it reveals together independently: with the exact
+conditionals of the posterior 3, 6 and 32 steps are as far off as said. (What 6 steps are trained towards is their own,
+coarser prior times r, which is not the posterior here.) One token a step has no such floor, in as many steps
+as there are tokens. Half of each batch are chains walked back from a replay that draws of the prior have filled. ESS
+of resampling is that of 2,000 draws of the prior; its total variation at equal calls is of the weights on all its draws.
+
+## Filling in between a given first and last token
+
+Trained for one pair:
+"""
+ASKED = """
+Not trained for any: the samplers of all strings, asked to fill in between each of the 16 pairs. They have learned the
+law of each token given any others; pairs that the posterior hardly has are seen little, least by own draws alone:
+"""
+GOALS = """Goals: total variation at most 0.05 and log Z within 0.02 of exact, met; filling in at most 0.08, met by samplers
+trained for a pair and in the mean, missed for the rarest pairs by samplers of all strings."""
 
 
 if __name__ == "__main__":

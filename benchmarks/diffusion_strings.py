@@ -321,17 +321,17 @@ INTRODUCTION = """# Masked diffusion over strings that can be enumerated
 How exactly does a sampler trained by relative trajectory balance draw from prior times reward, and fill in what is
 missing, when tokens depend on each other? The prior is a Markov chain over 6 tokens of 4 (4,096 strings) with its exact
 conditionals; the reward, 3 for each of three complementary pairs of opposite tokens and 2 off for each C or G too many
-or too few, is no product over tokens. log Z is {log_z:.3f}; the entropy falls from {before:.2f} to {after:.2f} nats, and
-the posterior diverges from the prior by {divergence:.2f}. Total variation and divergence are not estimated from draws:
-the probability of every string is computed by passing probabilities along the sampler's chain. Mean over seeds, and
-range in brackets.
+or too few, is no product over tokens. log Z is {log_z:.3f}; the entropy falls from {before:.2f} to {after:.2f} nats,
+and the posterior diverges from the prior by {divergence:.2f}. Total variation and divergence are not estimated from
+draws: the probability of every string is computed by passing probabilities along the sampler's chain. Mean over seeds,
+and range in brackets.
 """
 READING = """
 A chain that reveals each token at a random time draws those that it reveals together independently: with the exact
 conditionals of the posterior 3, 6 and 32 steps are as far off as said. (What 6 steps are trained towards is their own,
 coarser prior times r, which is not the posterior here.) One token a step has no such floor, in as many steps
 as there are tokens. Half of each batch are chains walked back from a replay that draws of the prior have filled. ESS
-of resampling is that of 2,000 draws of the prior; its total variation at equal calls is of the weights on all its draws.
+of resampling is that of 2,000 draws of the prior; its total variation is of the weights on all its draws.
 
 ## Filling in between a given first and last token
 
@@ -341,8 +341,8 @@ ASKED = """
 Not trained for any: the samplers of all strings, asked to fill in between each of the 16 pairs. They have learned the
 law of each token given any others; pairs that the posterior hardly has are seen little, least by own draws alone:
 """
-GOALS = """Goals: total variation at most 0.05 and log Z within 0.02 of exact, met; filling in at most 0.08, met by samplers
-trained for a pair and in the mean, missed for the rarest pairs by samplers of all strings."""
+GOALS = """Goals: total variation at most 0.05 and log Z within 0.02 of exact, met; filling in at most 0.08, met by
+samplers trained for a pair and in the mean, missed for the rarest pairs by samplers of all strings."""
 
 
 if __name__ == "__main__":

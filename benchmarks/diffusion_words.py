@@ -4,8 +4,8 @@
         --held-out 0.05 --training.iterations 5000 --training.batch-size 64 --exploration.average 0.99 --out runs/words
     python benchmarks/diffusion_words.py --prior runs/words
 
-The wish is one that no letter can be judged by alone: two vowels, and no letter twice. Three letters are missing, so all
-17,576 answers can be enumerated, and each share is printed beside the exact one. Writes results/diffusion-words.md.
+The wish is one that no letter can be judged by alone: two vowels, and no letter twice. Three letters are missing, so
+all 17,576 answers can be enumerated, and each share is printed beside the exact one. Writes results/diffusion-words.md.
 """
 
 from __future__ import annotations
@@ -154,7 +154,8 @@ fill in three letters are enumerated, so the exact posterior is known, and what 
 sampled. In per cent below.
 """
 PRIOR = """    headwater train prior --data benchmarks/five-letter-words.txt --chain.kind one-by-one \\
-        --held-out 0.05 --training.iterations 5000 --training.batch-size 64 --exploration.average 0.99 --out runs/words"""
+        --held-out 0.05 --training.iterations 5000 --training.batch-size 64 --exploration.average 0.99 \\
+        --out runs/words"""
 
 
 if __name__ == "__main__":

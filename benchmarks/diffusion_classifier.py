@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffusion_rows import Figures, Rows, cell, machine, over_seeds, table
+from diffusion_rows import Figures, Rows, cell, machine, over_seeds, run_to_the_end, table
 from headwater.conditions import NoCondition
 from headwater.diffusion.chains import draw_chains
 from headwater.diffusion.denoisers import Denoiser, ResidualMLP, time_features
@@ -38,7 +38,7 @@ from headwater.replay import ReplaySettings
 from headwater.training import ExplorationSettings, Sharpness, Trainer, Training
 
 RESULTS = Path(__file__).parent / "results"
-STEPS, IMAGES = 20, 300
+STEPS, IMAGES = 20, 150
 PRIOR_DRAWS = 10_000
 DRAWS, FEW = 2000, 500
 BATCH = 32
@@ -53,8 +53,8 @@ TASKS: tuple[Task, ...] = ("digit 3", "even, maximum", "even, sum")
 
 class Guided(Denoiser):
     """A posterior that follows the reward's gradient: what the prior says, with the predicted data moved along the
-    gradient of log r(x^) in the state as far as DPS moves them, times a factor that is learned as a function of time;
-    and a network adds to all. Where it starts is not the prior, but DPS.
+    gradient of log r(x^) in the state as far as DPS moves them, times a factor that is learned as a function of time
+    and log r(x^); and a network that is told the same adds to all. Where it starts is not the prior, but DPS.
 
     The closed-form prior and its gradient are costly and never change: they are remembered of the states asked last.
     """
@@ -64,17 +64,18 @@ class Guided(Denoiser):
     def __init__(self, prior: Remembering, process: GaussianProcess, likelihood: ClassifierLikelihood) -> None:
         super().__init__()
         self.prior, self.process, self.likelihood = prior, process, likelihood
-        self.correction = ResidualMLP(SHAPE, 0, WIDTH, BLOCKS, learned_variance=True)
+        self.correction = ResidualMLP(SHAPE, 2, WIDTH, BLOCKS, learned_variance=True)
         self.correction.silence()
         last = nn.Linear(32, 1)
         nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
-        self.factor = nn.Sequential(nn.Linear(64, 32), nn.SiLU(), last)
+        self.factor = nn.Sequential(nn.Linear(66, 32), nn.SiLU(), last)
 
     def forward(self, state: Tensor, time: Tensor, condition: Tensor) -> Tensor:
-        said, pulled = self.prior.with_pull(state, time, condition, self.process, self.likelihood)
-        factor = self.factor(time_features(time)).exp()[:, :, None, None]
+        said, pulled, log_r = self.prior.with_pull(state, time, condition, self.process, self.likelihood)
+        told = torch.stack((log_r.clamp(min=-30) / 10, log_r.exp()), 1)
+        factor = self.factor(torch.cat((time_features(time), told), 1)).exp()[:, :, None, None]
         moved = torch.cat((factor * pulled, torch.zeros_like(pulled)), 1)
-        return said + moved + self.correction(state, time, condition)
+        return said + moved + self.correction(state, time, told)
 
 
 class Remembering(Denoiser):
@@ -86,7 +87,7 @@ class Remembering(Denoiser):
         super().__init__()
         self.denoiser = denoiser
         self.last: tuple[Tensor, Tensor] | None = None
-        self.last_pull: tuple[Tensor, Tensor] | None = None
+        self.last_pull: tuple[Tensor, Tensor, Tensor] | None = None
 
     def forward(self, state: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         if state.requires_grad:
@@ -98,21 +99,23 @@ class Remembering(Denoiser):
 
     def with_pull(
         self, state: Tensor, time: Tensor, condition: Tensor, process: GaussianProcess, likelihood: ClassifierLikelihood
-    ) -> tuple[Tensor, Tensor]:
-        """The prior's prediction, and how the gradient of log r changes what it says of the data, as DPS does."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The prior's prediction, how the gradient of log r changes what it says of the data, as DPS does, and log r of
+        the predicted data, `[N]`."""
         if self.last is None or self.last[0] is not state or self.last_pull is None or self.last_pull[0] is not state:
             number = step_numbers(process, time)
             with torch.enable_grad():
                 here = state.detach().requires_grad_()
                 said = self.denoiser(here, time, condition)
                 data = process.predicted_data(said, here, number)
-                (slope,) = torch.autograd.grad(likelihood.log_prob(data, condition).sum(), here)
+                log_r = likelihood.log_prob(data, condition)
+                (slope,) = torch.autograd.grad(log_r.sum(), here)
             alpha, sigma = (each.view(-1, 1, 1, 1) for each in process.alpha_sigma(number))
             move = (sigma.square() / alpha * slope).clamp(-LARGEST_MOVE, LARGEST_MOVE)
             first = said.detach()[:, :1]
             pulled = process.prediction_of(data.detach() + move, state, number) - first
-            self.last, self.last_pull = (state, said.detach()), (state, pulled)
-        return self.last[1], self.last_pull[1]
+            self.last, self.last_pull = (state, said.detach()), (state, pulled, log_r.detach())
+        return self.last[1], self.last_pull[1], self.last_pull[2]
 
     def __deepcopy__(self, memo: dict[int, object]) -> Remembering:
         return self
@@ -233,7 +236,7 @@ def trained(here: World, task: Task, seed: int, iterations: int, objective: str)
         ExplorationSettings(epsilon=0.0, average=0.98), ReplaySettings(rule="uniform", capacity=5000), seed,
         sharpness=Sharpness(0.01) if objective == "reward alone" else None,
     )  # fmt: skip
-    trainer.run(progress_bar=False)
+    run_to_the_end(trainer)
     sampler = trainer.sampler
     assert isinstance(sampler, DiffusionPolicy)
     seconds = time.process_time() - began
@@ -357,7 +360,7 @@ def report(rows: Rows, here: World, command: str) -> str:
 INTRODUCTION = """# Digits under a classifier
 
 Does a sampler trained by relative trajectory balance draw the digits that a classifier's probability asks for, in the
-prior's proportions? The prior is the closed-form chain, of 20 steps, of a kernel density of 300 of scikit-learn's
+prior's proportions? The prior is the closed-form chain, of 20 steps, of a kernel density of 150 of scikit-learn's
 digits; the classifier tells {accuracy:.1f} % of held-out digits right, with noise as the prior's draws have it. Exact
 draws: 10,000 of the prior's, each kept with probability r; the exact mean log r and shares are those of all 10,000,
 weighed. Digits are told by the prior's own responsibilities; "digits, effectively" is the exponential of the entropy of

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from headwater.training import Trainer
 from provenance import load, provenance
 
 Figures = dict[str, object]
@@ -35,6 +36,13 @@ class Rows:
     def where(self, **key: object) -> list[Figures]:
         """All rows with these values."""
         return [row for row in self.rows if all(row.get(name) == value for name, value in key.items())]
+
+
+def run_to_the_end(trainer: Trainer) -> None:
+    """Train; a training that was interrupted ends the benchmark, so that it is not taken for one that was not."""
+    trainer.run(progress_bar=False)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
 
 
 def cell(value: object) -> str:

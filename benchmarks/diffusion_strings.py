@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffusion_rows import Figures, Rows, machine, over_seeds, table
+from diffusion_rows import Figures, Rows, machine, over_seeds, run_to_the_end, table
 from headwater.conditions import NoCondition
 from headwater.diffusion.adapters import Corrected
 from headwater.diffusion.chains import draw_chains, walk_back
@@ -116,7 +116,7 @@ def train(process: RevealingProcess, seed: int, iterations: int, replayed: bool 
         policy, reward, NoCondition(), Objective("vargrad"), training, ExplorationSettings(epsilon=0.0),
         ReplaySettings(rule="uniform"), seed,
     )  # fmt: skip
-    trainer.run(progress_bar=False)
+    run_to_the_end(trainer)
     return policy, training.warm_up + iterations * training.batch_size
 
 

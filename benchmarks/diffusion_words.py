@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffusion_rows import cell, table
+from diffusion_rows import cell, run_to_the_end, table
 from headwater.conditions import NoCondition
 from headwater.diffusion.adapters import Adapter
 from headwater.diffusion.chains import draw_chains
@@ -85,7 +85,7 @@ def fill_in(prior: Prior, pattern: str, seed: int, iterations: int) -> Answer:
         policy, reward, NoCondition(), Objective("vargrad"), training, ExplorationSettings(epsilon=0.0),
         ReplaySettings(rule="softmax"), seed,
     )  # fmt: skip
-    trainer.run(progress_bar=False)
+    run_to_the_end(trainer)
     seconds = time.process_time() - began
 
     strings, nothing = every_string(process), torch.empty(1, 0)

@@ -16,7 +16,7 @@ from headwater.diffusion.denoisers import Denoiser, Network, ResidualMLP, TokenT
 from headwater.diffusion.policy import DiffusionPolicy
 from headwater.diffusion.priors import Prior, Units, load_prior, save_prior
 from headwater.diffusion.process import BrownianProcess, GaussianProcess, Process
-from headwater.diffusion.tokens import MaskedProcess, UniformProcess
+from headwater.diffusion.tokens import FREE, MaskedProcess, OneByOneProcess, UniformProcess
 
 NOTHING = torch.empty(5, 0)
 
@@ -32,7 +32,12 @@ def token_prior() -> Prior:
     return Prior(MaskedProcess(4, 3, 4), TokenTransformer(4, 3, width=16), alphabet="abc")
 
 
-PRIORS = (image_prior, lambda: image_prior("learned"), token_prior)
+def one_by_one_prior() -> Prior:
+    torch.manual_seed(0)
+    return Prior(OneByOneProcess(4, 3, given=(FREE, FREE, 2, FREE)), TokenTransformer(4, 3, width=16), alphabet="abc")
+
+
+PRIORS = (image_prior, lambda: image_prior("learned"), token_prior, one_by_one_prior)
 
 
 def inputs(prior: Prior) -> tuple[Tensor, Tensor, Tensor]:

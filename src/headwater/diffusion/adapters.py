@@ -18,7 +18,7 @@ from headwater.diffusion.denoisers import Denoiser, Network, ResidualMLP, TokenT
 from headwater.diffusion.langevin import Langevin, LogLikelihood, Place
 from headwater.diffusion.priors import Prior
 from headwater.diffusion.process import GaussianProcess
-from headwater.diffusion.tokens import MaskedProcess, UniformProcess
+from headwater.diffusion.tokens import RevealingProcess, UniformProcess
 
 Kind = Literal["copy", "lora", "correction"]
 
@@ -100,7 +100,7 @@ class Adapter:
 
     def _correction(self, prior: Prior, condition: int) -> Network:
         process = prior.process
-        if isinstance(process, (MaskedProcess, UniformProcess)):
+        if isinstance(process, (RevealingProcess, UniformProcess)):
             width = -(-self.width // 4) * 4  # for its heads
             return TokenTransformer(process.length, process.vocabulary, condition, width, self.blocks)
         narrows = isinstance(process, GaussianProcess)

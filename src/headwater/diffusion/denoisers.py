@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
@@ -121,13 +122,17 @@ class ResidualMLP(Network):
     def forward(self, state: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         flat = state.flatten(1)
         size = (1 + flat.square().mean(1, keepdim=True)).sqrt()
-        told = self.time(time_features(time))
-        if self.read is not None:
-            told = told + self.read(condition[:, : self.condition].to(told.dtype))
         angles = [flat * (2**octave * 2 * math.pi / _LONGEST_PERIOD) for octave in range(self.octaves)]
         waves = [wave for angle in angles for wave in (angle.sin(), angle.cos())]
         hidden = self.enter(torch.cat([flat / size, size.log(), *waves], 1))
-        shifts = self.shift(functional.silu(told)).chunk(len(self.first), 1)
+        if self.read is None and not condition.shape[1]:  # there is nothing to tell but the time
+            shift = of_times(lambda features: self.shift(functional.silu(self.time(features))), time)
+        else:  # even if this network reads nothing: the same numbers, to the bit, as of its widened copy
+            told = of_times(self.time, time)
+            if self.read is not None:
+                told = told + self.read(condition[:, : self.condition].to(told.dtype))
+            shift = self.shift(functional.silu(told))
+        shifts = shift.chunk(len(self.first), 1)
         for norm, first, second, shift in zip(self.norms, self.first, self.second, shifts, strict=True):
             hidden = hidden + second(functional.silu(first(norm(hidden)) + shift))
         said = self.last(functional.silu(hidden))
@@ -173,7 +178,7 @@ class TokenTransformer(Network):
         }
 
     def forward(self, state: Tensor, time: Tensor, condition: Tensor) -> Tensor:
-        told = self.time(time_features(time))
+        told = of_times(self.time, time)
         if self.read is not None:
             told = told + self.read(condition[:, : self.condition].to(told.dtype))
         hidden = self.token(state) + self.position + told[:, None]
@@ -207,6 +212,18 @@ def time_features(time: Tensor) -> Tensor:
     exponent = torch.arange(_FREQUENCIES, device=time.device) / (_FREQUENCIES - 1)
     angle = time.float()[:, None] * _HIGHEST_FREQUENCY**exponent
     return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+def of_times(function: Callable[[Tensor], Tensor], time: Tensor) -> Tensor:
+    """What `function` makes of the features of each time, `[N]` to `[N, W]`.
+
+    Chains have their times in common, so a processor asks it once for each that there is. Other devices ask it for all:
+    how many there are is not known before the work that is under way there is done.
+    """
+    if time.device.type != "cpu":
+        return function(time_features(time))
+    times, which = torch.unique(time, return_inverse=True)
+    return functional.embedding(which, function(time_features(times)))
 
 
 def _silence(layer: nn.Linear | nn.Conv2d) -> None:

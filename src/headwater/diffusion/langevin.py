@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from headwater.diffusion.denoisers import time_features
+from headwater.diffusion.denoisers import of_times, time_features
 from headwater.diffusion.guidance import GRAM_LIMIT, whitened_gram
 from headwater.diffusion.laws import per_chain
 from headwater.diffusion.likelihoods import GaussianLikelihood, Likelihood
@@ -88,7 +88,7 @@ class Langevin(nn.Module):
 
     def scaled(self, push: Tensor, time: Tensor) -> Tensor:
         """The push times its factor, as a part of a prediction."""
-        factor = self.last(nn.functional.silu(self.enter(time_features(time))))
+        factor = of_times(lambda features: self.last(nn.functional.silu(self.enter(features))), time)
         if self.at == "data":
             push = self.process.prediction_of(push, torch.zeros_like(push), step_numbers(self.process, time))
         return factor.view(*factor.shape, *[1] * (push.ndim - 2)) * push

@@ -50,8 +50,8 @@ SIDE, CELLS = 4.5, 24
 RECIPE = Recipe(
     objective=Objective("tb", penalty="huber"),
     training=Training(
-        iterations=1000, batch_size=64, replayed=128, warm_up=4096, replay_backward=True, learning_rate=2e-3,
-        schedule="cosine",
+        iterations=600, batch_size=64, replayed=64, warm_up=4096, replay_backward=True, learning_rate=3e-3,
+        log_z_learning_rate=0.5, schedule="cosine",
     ),
     exploration=ExplorationSettings(epsilon=0.0, average=0.99),
     replay=ReplaySettings(rule="softmax", capacity=20_000),
@@ -60,8 +60,8 @@ RECIPE = Recipe(
 
 @dataclass(frozen=True)
 class Known:
-    """A posterior of latents and its truth. cell: of points `[N, d]`, the part of the space that each is in, `[N]`;
-    probability: of the parts, `[K]`. exact: so many exact draws."""
+    """A posterior of latents and its truth. probability: of parts of the space, `[K]`. shares: of points `[N, d]` in
+    these parts. exact: so many exact draws."""
 
     posterior: Posterior
     log_z: float
@@ -158,9 +158,9 @@ def look(known: Known, x: Tensor, seed: int) -> Figures:
     }
 
 
-def trained(name: str, seed: int, recipe: Recipe) -> Figures:
+def trained(name: str, seed: int) -> Figures:
     known, generator = PROBLEMS[name](seed), torch.Generator().manual_seed(seed)
-    learned = learn(known.posterior, recipe, seed)
+    learned = learn(known.posterior, RECIPE, seed)
     drawn = draws(known.posterior, learned.denoiser, DRAWS, generator)
     found = estimates(known.posterior, learned.denoiser, drawn, known.exact(2000, generator), generator)
     return {
@@ -169,6 +169,7 @@ def trained(name: str, seed: int, recipe: Recipe) -> Figures:
         "log_z_away": found.log_z - known.log_z,
         "seconds": learned.seconds,
         "reward_calls": learned.reward_calls,
+        "gradient_calls": learned.gradient_calls,
         **look(known, drawn.objects, seed),
     }
 
@@ -199,3 +200,25 @@ def weighed(name: str, seed: int, calls: int) -> Figures:
     return dict(found.figures()) | {
         "log_z_away": found.log_z - known.log_z, "reward_calls": calls, **look(known, x, seed)
     }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("problems", nargs="*", default=list(PROBLEMS), help="linear, digits or both")
+    parser.add_argument("--seeds", type=int, default=3, help="each has a measurement of its own")
+    parser.add_argument("--output", type=Path, default=RESULTS / "diffusion-latent.json")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    command = ["python benchmarks/diffusion_latent.py", *sys.argv[1:]]
+    for seed in range(asked.seeds):
+        for name in asked.problems:
+            key = {"problem": name, "seed": seed}
+            ours = keep(asked.output, {"sampler": "trained"} | key, partial(trained, name, seed), command)
+            calls = int(number(ours["reward_calls"]) + number(ours["gradient_calls"]))
+            keep(asked.output, {"sampler": "latent DPS"} | key, partial(guided, name, seed), command)
+            make = partial(weighed, name, seed, calls)
+            keep(asked.output, {"sampler": "resampling"} | key, make, command)
+
+
+if __name__ == "__main__":
+    main()

@@ -18,7 +18,7 @@ from headwater.conditions import NoCondition
 from headwater.diffusion.chains import Chains, draw_chains, walk_back
 from headwater.diffusion.denoisers import Denoiser
 from headwater.diffusion.estimators import LogZ, log_z_estimates, resample, resampling_estimates
-from headwater.diffusion.guided import Climb, Guided
+from diffusion_guided import Climb, Guided
 from headwater.diffusion.likelihoods import GaussianLikelihood, Likelihood
 from headwater.diffusion.mixtures import GaussianMixture, MixtureDenoiser
 from headwater.diffusion.policy import DiffusionPolicy
@@ -203,3 +203,24 @@ def longer(recipe: Recipe, iterations: int) -> Recipe:
 def number(value: object) -> float:
     """Of a figure."""
     return float(str(value))
+
+
+def table(rows: list[Figures], by: tuple[str, ...], columns: dict[str, str]) -> list[str]:
+    """Lines of Markdown: one row for each setting of the figures `by`, in their order, with the mean and the interval
+    of each column over what is alike."""
+    groups = list(dict.fromkeys(tuple(row[name] for name in by) for row in rows))
+    lines = ["| " + " | ".join([*by, *columns.values()]) + " |", "|---" * (len(by) + len(columns)) + "|"]
+    for group in groups:
+        some = [row for row in rows if tuple(row[name] for name in by) == group]
+        cells = [interval(number(row[name]) for row in some if row.get(name) is not None) for name in columns]
+        lines.append("| " + " | ".join([*map(str, group), *cells]) + " |")
+    return lines
+
+
+def write_report(output: Path, lines: list[str]) -> None:
+    """The lines beside the results, with the command and the machine that gave them at the end."""
+    source = json.loads(output.read_text())["provenance"]
+    versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())
+    machine = f"{source['cpu']}, one thread; Python {source['python']}, {versions}; commit {source['commit'][:7]}."
+    text = "\n".join([*lines, "", "## Command and machine", "", f"    {source['command']}", "", machine, ""])
+    output.with_suffix(".md").write_text(text)

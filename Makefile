@@ -1,6 +1,7 @@
 # make demo             set everything up and design RNA oligomers against two microRNAs (about two minutes of training)
 # make demo-phylogeny   set everything up and learn the posterior over trees of 12 primates (about two)
 # make demo-language    set everything up, make and teach a small language model, and post-train it (about six)
+# make demo-posterior   set everything up, learn a diffusion prior from digits, and inpaint one (about four)
 # make test             set everything up, then lint, types and all tests
 # Each needs Python 3.11 or newer and nothing else; it installs into .venv.
 
@@ -9,7 +10,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo demo-phylogeny demo-language test check clean
+.PHONY: demo demo-phylogeny demo-language demo-posterior test check clean
 
 demo: $(VENV)/.installed
 	$(RUN)/headwater train rna --out runs/demo-$$(date +%Y%m%d-%H%M%S)
@@ -19,6 +20,9 @@ demo-phylogeny: $(VENV)/.installed
 
 demo-language: $(VENV)/.installed
 	$(RUN)/headwater train tiny-math --out runs/language-$$(date +%Y%m%d-%H%M%S)
+
+demo-posterior: $(VENV)/.installed
+	$(RUN)/headwater train digits --out runs/digits-$$(date +%Y%m%d-%H%M%S)
 
 test: $(VENV)/.installed-dev check
 	$(RUN)/python -m pytest

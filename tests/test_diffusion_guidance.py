@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
+from headwater.diffusion.denoisers import ResidualMLP
 from headwater.diffusion.guidance import (
     Draws,
     dps,
@@ -20,7 +22,8 @@ from headwater.diffusion.guidance import (
     twisted_smc,
 )
 from headwater.diffusion.likelihoods import FunctionLikelihood, GaussianLikelihood, Tempered
-from headwater.diffusion.operators import DynamicRange, Matrix
+from headwater.diffusion.operators import DynamicRange, Identity, Matrix
+from headwater.diffusion.process import GaussianProcess
 from headwater.reward_worker import RewardError
 
 
@@ -308,3 +311,13 @@ def test_what_cannot_be_guided_is_told() -> None:
         pseudo_inverse_guidance(chain, denoiser, large, rows(8), generator)
     with pytest.raises(ValueError, match="diverged for 8 of 8 objects: lower scale, or set limit"):
         dps(chain, denoiser, FunctionLikelihood(lambda x: x.pow(4).sum(1)), rows(8), generator, scale=1e6)
+
+
+@pytest.mark.parametrize("sampler", [dps, lgd_mc, pseudo_inverse_guidance, twisted_smc])
+def test_a_prior_of_learned_variance_is_guided_too(sampler: Callable[..., Draws]) -> None:
+    process = GaussianProcess.of((2,), 5, "cosine", "data", "learned", final_noise=0.2)
+    denoiser = ResidualMLP((2,), width=8, blocks=1, learned_variance=True)
+    likelihood = GaussianLikelihood(Identity((2,)), 0.5, torch.zeros(2))
+    drawn = sampler(process, denoiser, likelihood, torch.empty(6, 0), torch.Generator().manual_seed(0))
+    assert drawn.objects.shape == (6, 2)
+    assert bool(drawn.objects.isfinite().all())

@@ -54,7 +54,9 @@ class Sampler:
 
         condition: C numbers, for a conditional sampler. seed: for the same draws again. walks: backward walks with
         which, beside the trajectory drawn, each object's log-probability is estimated: R / p are then importance
-        weights whose mean is an unbiased estimate of Z. Objects whose reward fails are left out.
+        weights whose mean is an unbiased estimate of Z. Of a sampler relative to a prior p is the probability of the
+        path that drew the object over its probability under the prior, with the same use. Objects whose reward fails
+        are left out.
         """
         if count < 1:
             raise ValueError(f"count = {count}: must be at least 1")
@@ -65,7 +67,9 @@ class Sampler:
         trajectories = trajectories.with_log_reward(reward(policy.objects(trajectories), asked))
         trajectories = trajectories.select(~trajectories.log_reward.isnan())
         log_prob = trajectories.log_behaviour.double()
-        if policy.walks_backward:
+        if policy.is_relative:
+            log_prob = log_ratios(policy, trajectories)
+        elif policy.walks_backward:
             log_prob = self._log_prob(trajectories, walks, generator)
         return Samples(
             objects=self.recipe.text(policy.objects(trajectories)),

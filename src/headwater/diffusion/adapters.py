@@ -8,24 +8,21 @@ A correction may have the gradient of the log-likelihood as a part of it: the La
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from headwater.diffusion.denoisers import Denoiser, Network, ResidualMLP, TokenTransformer, time_features
+from headwater.diffusion.denoisers import Denoiser, Network, ResidualMLP, TokenTransformer
+from headwater.diffusion.langevin import Langevin, LogLikelihood, Place
 from headwater.diffusion.priors import Prior
 from headwater.diffusion.process import GaussianProcess
 from headwater.diffusion.tokens import MaskedProcess, UniformProcess
 
-LogLikelihood: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""log r `[N]` of states `[N, *shape]` under conditions `[N, C]`, differentiable in the states."""
 Kind = Literal["copy", "lora", "correction"]
 
 _ALL = ("all",)
-_HIDDEN = 64
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,12 @@ class Adapter:
     blocks: int = 2
     """Of the correction."""
     langevin: bool = False
-    """Let the correction scale the gradient of the log-likelihood at the state, and add it."""
+    """Let the correction scale the gradient of the log-likelihood, and add it."""
+    gradient_at: Place = "state"
+    """Where that gradient is taken. state: at the noised state. data: at the data that the prior predicts, and scaled
+    to how far Bayes' rule would move them; the correction's own network then sees it too."""
+    deviation: float = 1.0
+    """Of the data, or of one mode of them: with gradient_at = data, how far they may move."""
     largest_gradient: float = 100.0
     """What each coordinate of this gradient is clipped to."""
 
@@ -56,17 +58,26 @@ class Adapter:
         for name in ("rank", "width", "blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
-        for name in ("alpha", "largest_gradient"):
+        if self.gradient_at not in get_args(Place):
+            raise ValueError(f"gradient_at = {self.gradient_at!r}: must be one of {', '.join(get_args(Place))}")
+        for name in ("alpha", "deviation", "largest_gradient"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be above 0")
         if self.langevin and self.kind != "correction":
             raise ValueError(f"langevin: only with kind = 'correction', which is {self.kind!r}")
 
-    def posterior(self, prior: Prior, columns: int = 0, log_likelihood: LogLikelihood | None = None) -> Denoiser:
+    def posterior(
+        self,
+        prior: Prior,
+        columns: int = 0,
+        log_likelihood: LogLikelihood | None = None,
+        examples: Tensor | None = None,
+    ) -> Denoiser:
         """A denoiser that says what the prior's does, and learns.
 
         columns: of the condition besides those that the prior looks at, such as a measurement. log_likelihood: for the
-        Langevin parametrisation. Raises ValueError for what does not go together.
+        Langevin parametrisation. examples: conditions `[M, C]`, by whose mean and deviation those that a correction
+        sees are standardised. Raises ValueError for what does not go together.
         """
         if self.langevin and log_likelihood is None:
             raise ValueError("langevin: needs a likelihood that has a gradient")
@@ -76,12 +87,13 @@ class Adapter:
             if columns:
                 raise ValueError(f"kind = 'lora': the prior's layers cannot see {columns} more columns; make a copy")
             return with_adapters(prior.denoiser, self.rank, self.alpha, self.targets)
-        correction = self._correction(prior, prior.denoiser.condition + columns)
-        gradient = None
+        columns += prior.denoiser.condition
+        gradient, seen = None, columns
         if self.langevin:
             assert log_likelihood is not None
-            gradient = _Gradient(prior, log_likelihood, self.largest_gradient)
-        return Corrected(prior.denoiser, correction, gradient)
+            gradient = Langevin(prior.process, log_likelihood, self.gradient_at, self.deviation, self.largest_gradient)
+            seen += gradient.columns
+        return Corrected(prior.denoiser, self._correction(prior, seen), gradient, columns, examples)
 
     def _correction(self, prior: Prior, condition: int) -> Network:
         process = prior.process
@@ -95,42 +107,46 @@ class Adapter:
 class Corrected(Denoiser):
     """What `prior` says plus what `correction` says, which learns and starts at zero; and a multiple of a gradient,
     which starts at zero too. The prior is kept as it is, not copied, and does not learn.
+
+    condition: how many columns of it are looked at, as many as either does if not given; `examples` of them say how the
+    correction's are standardised.
     """
 
-    def __init__(self, prior: Denoiser, correction: Denoiser, gradient: _Gradient | None = None) -> None:
+    def __init__(
+        self,
+        prior: Denoiser,
+        correction: Denoiser,
+        gradient: Langevin | None = None,
+        condition: int | None = None,
+        examples: Tensor | None = None,
+    ) -> None:
         super().__init__()
-        self.condition = max(prior.condition, correction.condition)
+        self.condition = max(prior.condition, correction.condition) if condition is None else condition
         self.prior = prior.requires_grad_(False)
         correction.silence()
         self.correction, self.gradient = correction, gradient
+        centre, width = torch.zeros(self.condition), torch.ones(self.condition)
+        if examples is not None:
+            centre, width = examples.mean(0), examples.std(0).clamp(min=torch.finfo(torch.float32).tiny)
+        self.register_buffer("centre", centre)
+        self.register_buffer("width", width)
 
     def forward(self, state: Tensor, time: Tensor, condition: Tensor) -> Tensor:
-        said = self.prior(state, time, condition) + self.correction(state, time, condition)
-        return said if self.gradient is None else said + self.gradient(state, time, condition)
+        said = self.prior(state, time, condition)
+        return said + self.change(said, state, time, condition)
 
+    def change(self, said: Tensor, state: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        """What is added to what the prior has said."""
+        seen = (condition[:, : self.condition] - self.centre) / self.width
+        if self.gradient is None:
+            return self.correction(state, time, seen)
+        push = self.gradient.push(said, state, time, condition)
+        if self.gradient.columns:
+            seen = torch.cat([seen, push.flatten(1)], 1)
+        return self.correction(state, time, seen) + self.gradient.scaled(push, time)
 
-class _Gradient(nn.Module):
-    """The clipped gradient of the log-likelihood at the state, times a factor that is learned as a function of time,
-    one for each channel."""
-
-    def __init__(self, prior: Prior, log_likelihood: LogLikelihood, largest: float) -> None:
-        super().__init__()
-        if not isinstance(prior.process, GaussianProcess):
-            raise ValueError(f"langevin: strings of tokens or a {type(prior.process).__name__} have no such gradient")
-        self.log_likelihood, self.largest = log_likelihood, largest
-        self.twice = prior.process.variance == "learned"
-        self.enter = nn.Linear(time_features(torch.zeros(1)).shape[1], _HIDDEN)
-        self.last = nn.Linear(_HIDDEN, prior.process.shape[0])
-        nn.init.zeros_(self.last.weight), nn.init.zeros_(self.last.bias)
-
-    def forward(self, state: Tensor, time: Tensor, condition: Tensor) -> Tensor:
-        with torch.enable_grad():
-            here = state.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(self.log_likelihood(here, condition).sum(), here)
-        slope = slope.nan_to_num(0.0, self.largest, -self.largest).clamp(-self.largest, self.largest)
-        factor = self.last(nn.functional.silu(self.enter(time_features(time))))
-        pushed = factor.view(*factor.shape, *[1] * (state.ndim - 2)) * slope
-        return torch.cat([pushed, torch.zeros_like(pushed)], 1) if self.twice else pushed
+    centre: Tensor
+    width: Tensor
 
 
 def with_adapters(denoiser: Denoiser, rank: int, alpha: float, targets: tuple[str, ...] = _ALL) -> Denoiser:

@@ -296,7 +296,7 @@ def _marginal(
     process: GaussianProcess, likelihood: GaussianLikelihood, condition: Tensor, deviation: float
 ) -> Potential:
     """log N(y; A x^, r_k^2 A A' + sigma^2) without its constant, for a linear A."""
-    spectrum, vectors = (part.to(condition.device) for part in _whitened_gram(likelihood))
+    spectrum, vectors = (part.to(condition.device) for part in whitened_gram(likelihood))
     sigma = likelihood.sigma.to(condition.device)
 
     def potential(data: Tensor, number: int) -> Tensor:
@@ -328,7 +328,7 @@ def _hopeful(log_r: Tensor) -> Tensor:
     return torch.where(log_r.isfinite(), log_r, low)
 
 
-def _whitened_gram(likelihood: GaussianLikelihood) -> tuple[Tensor, Tensor]:
+def whitened_gram(likelihood: GaussianLikelihood) -> tuple[Tensor, Tensor]:
     """Eigenvalues and eigenvectors of A A' divided by sigma on both sides."""
     operator = likelihood.operator
     size = math.prod(operator.measured)

@@ -17,7 +17,7 @@ from headwater.report import Section
 from headwater.report.figures import MEDIUM, SERIES, custom_figure, histogram_figure
 
 _MOST_IMAGES, _MOST_POINTS, _MOST_LINES = 64, 1000, 24
-_LEAST_PIXELS = 256
+_LEAST_PIXELS = 360
 """Width of a grid of images on the page, at least: small pixels are shown as squares."""
 
 
@@ -36,14 +36,16 @@ def samples_beside_data(samples: NDArray[np.generic], held_out: Tensor, data: Da
     if len(data.shape) == 3 and data.shape[0] in (1, 3):
         low, high = float(real.min()), float(real.max())
         figures = "".join(
-            _figure(name, f'<img alt="{name}" style="image-rendering: pixelated" src="{image_grid(some, low, high)}">')
+            half_a_page(
+                name, f'<img alt="{name}" style="image-rendering: pixelated" src="{image_grid(some, low, high)}">'
+            )
             for name, some in (("Samples", samples[:_MOST_IMAGES]), ("Data, held out", real[:_MOST_IMAGES]))
         )
         return Section(title, f'<div class="figures">{figures}</div>')
     flat, known_flat = samples.reshape(len(samples), -1).astype(float), real.reshape(len(real), -1)
     if flat.shape[1] == 1:
         values = {"samples": flat[:, 0], "data": known_flat[:, 0]}
-        return Section(title, _figure(title, histogram_figure(values, x_label="value", title=title)))
+        return Section(title, half_a_page(title, histogram_figure(values, x_label="value", title=title)))
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -55,7 +57,7 @@ def samples_beside_data(samples: NDArray[np.generic], held_out: Tensor, data: Da
         axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.01), ncols=2)
 
     caption = "The first two coordinates." if flat.shape[1] > 2 else ""
-    return Section(title, _figure(title, custom_figure(draw, title=title, size=MEDIUM), caption))
+    return Section(title, half_a_page(title, custom_figure(draw, title=title, size=MEDIUM), caption))
 
 
 def image_grid(images: NDArray[np.generic], low: float, high: float) -> str:
@@ -79,6 +81,7 @@ def image_grid(images: NDArray[np.generic], low: float, high: float) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _figure(title: str, drawn: str, caption: str = "") -> str:
+def half_a_page(title: str, drawn: str, caption: str = "") -> str:
+    """Half a page wide, under a title of its own."""
     said = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return f'<figure class="chart half"><h3>{escape(title)}</h3>{drawn}{said}</figure>'

@@ -8,12 +8,14 @@ p, or walked back by the noising process from any object.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from headwater.diffusion.adapters import Corrected
 from headwater.diffusion.process import Process
 from headwater.environments.base import Objects, identity
 from headwater.objectives import path_log_ratio, variance_residual
@@ -36,6 +38,8 @@ class DiffusionPolicy(Policy):
     Exploration: `temperature` multiplies the variance of every step, and with probability `epsilon` a chain is drawn
     by the prior.
     """
+
+    is_relative = True
 
     def __init__(
         self,
@@ -124,7 +128,8 @@ class DiffusionPolicy(Policy):
         steps, rows = self._steps(trajectories)
         start = self.process.start_log_prob(trajectories.steps[STATE][trajectories.starts])
         with torch.no_grad():
-            of_prior = self._of(self.prior, steps)
+            steps = replace(steps, said=self._in_chunks(self._said_by_prior, steps))
+            of_prior = self._in_chunks(self._by_prior, steps)
         whole = start.new_zeros(trajectories.n_steps).index_copy(0, trajectories.starts, start)
         return LogProbs(
             forward=whole.index_copy(0, rows, self._of_posterior(steps)),
@@ -162,33 +167,46 @@ class DiffusionPolicy(Policy):
         number = torch.arange(len(states), device=states.device) % each
         left = (number < each - 1).nonzero()[:, 0]
         condition = trajectories.condition[trajectories.index[left]]
-        return _Steps(states[left], states[left + 1], number[left], condition), left + 1
+        nothing = states.new_empty(len(left), 0)
+        return _Steps(states[left], states[left + 1], number[left], condition, nothing), left + 1
 
     def _of_posterior(self, steps: _Steps) -> Tensor:
         """Log-probability of each step under the posterior; if only some are learned from, they carry all gradient."""
         some, each = self.learned_steps, self.process.n_steps
         if not some or not torch.is_grad_enabled():
-            return self._of(self.posterior, steps)
+            return self._in_chunks(self._by_posterior, steps)
         draws = torch.rand(len(steps) // each, each, generator=torch.Generator().manual_seed(self.version))
         chosen = (draws.argsort(1).argsort(1) < some).flatten().to(steps.state.device)
         learned, others = (which.nonzero()[:, 0] for which in (chosen, ~chosen))
-        log_prob = self._of(self.posterior, steps.at(learned))
+        log_prob = self._in_chunks(self._by_posterior, steps.at(learned))
         log_prob = log_prob.detach() + (each / some) * (log_prob - log_prob.detach())
         with torch.no_grad():
-            rest = self._of(self.posterior, steps.at(others))
+            rest = self._in_chunks(self._by_posterior, steps.at(others))
         return log_prob.new_zeros(len(steps)).index_copy(0, learned, log_prob).index_copy(0, others, rest)
 
-    def _of(self, denoiser: nn.Module, steps: _Steps) -> Tensor:
-        """Log-probability of each step by a denoiser; activations of so many are held at once."""
+    def _in_chunks(self, function: Callable[[_Steps], Tensor], steps: _Steps) -> Tensor:
+        """What it says of each step; activations of so many are held at once."""
         chunks = [steps] if not self.steps_at_once else steps.split(self.steps_at_once)
         if len(chunks) == 1 or not torch.is_grad_enabled():
-            parts = [self._by(denoiser, chunk) for chunk in chunks]
+            parts = [function(chunk) for chunk in chunks]
         else:
-            parts = [checkpoint(self._by, denoiser, chunk, use_reentrant=False) for chunk in chunks]
+            parts = [checkpoint(function, chunk, use_reentrant=False) for chunk in chunks]
         return torch.cat(parts) if parts else steps.state.new_zeros(0, dtype=torch.float32)
 
-    def _by(self, denoiser: nn.Module, steps: _Steps) -> Tensor:
-        prediction = denoiser(steps.state, self.process.time(steps.number), steps.condition)
+    def _said_by_prior(self, steps: _Steps) -> Tensor:
+        return self.prior(steps.state, self.process.time(steps.number), steps.condition)
+
+    def _by_prior(self, steps: _Steps) -> Tensor:
+        """Log-probability of each step."""
+        return self._log_prob(steps.said, steps)
+
+    def _by_posterior(self, steps: _Steps) -> Tensor:
+        given = (steps.state, self.process.time(steps.number), steps.condition)
+        if isinstance(self.posterior, Corrected) and self.posterior.prior is self.prior:  # it has been asked already
+            return self._log_prob(steps.said + self.posterior.change(steps.said, *given), steps)
+        return self._log_prob(self.posterior(*given), steps)
+
+    def _log_prob(self, prediction: Tensor, steps: _Steps) -> Tensor:
         return self.process.law(prediction, steps.state, steps.number).log_prob(steps.following)
 
     def _log_z(self, condition: Tensor) -> Tensor:
@@ -211,19 +229,25 @@ class DiffusionPolicy(Policy):
 
 @dataclass(frozen=True)
 class _Steps:
-    """M steps: from `state` to `following`, `[M, *shape]`; number: `[M]`; condition: `[M, C]`."""
+    """M steps: from `state` to `following`, `[M, *shape]`; number: `[M]`; condition: `[M, C]`; said: by the prior of
+    the state, `[M, ...]`, empty before it is asked."""
 
     state: Tensor
     following: Tensor
     number: Tensor
     condition: Tensor
+    said: Tensor
 
     def __len__(self) -> int:
         return len(self.number)
 
     def at(self, rows: Tensor) -> _Steps:
-        return _Steps(self.state[rows], self.following[rows], self.number[rows], self.condition[rows])
+        return _Steps(*(column[rows] for column in self._columns))
 
     def split(self, size: int) -> list[_Steps]:
-        columns = (torch.split(column, size) for column in (self.state, self.following, self.number, self.condition))
+        columns = (torch.split(column, size) for column in self._columns)
         return [_Steps(*parts) for parts in zip(*columns, strict=True)]
+
+    @property
+    def _columns(self) -> tuple[Tensor, ...]:
+        return self.state, self.following, self.number, self.condition, self.said

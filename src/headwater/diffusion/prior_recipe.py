@@ -16,6 +16,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from headwater.conditions import NoCondition
@@ -27,6 +28,7 @@ from headwater.diffusion.pictures import samples_beside_data
 from headwater.diffusion.priors import FOLDER, Prior, save_prior
 from headwater.diffusion.process import GaussianProcess, Parametrisation, Process, Variance
 from headwater.diffusion.tokens import MaskedProcess
+from headwater.diffusion.written import numbers_of, text_of, write_array
 from headwater.environments.base import Objects
 from headwater.objectives import Objective
 from headwater.policies.base import Policy
@@ -34,7 +36,7 @@ from headwater.recipes.base import Problem, Recipe, device_named
 from headwater.report import Card, Findings, Section, Term
 from headwater.report.findings import line
 from headwater.report.numbers import as_float, number
-from headwater.runs import Metrics, Run, Samples, atomic
+from headwater.runs import Metrics, Run, Samples
 from headwater.sampler import Sampler
 from headwater.training import ExplorationSettings, Training
 
@@ -301,27 +303,15 @@ class PriorRecipe(Recipe):
 
     def text(self, objects: Objects) -> list[str]:
         assert isinstance(objects, Tensor)
-        if not self.read.is_tokens:
-            rows = self.read.units.of_data(objects.cpu()).flatten(1).tolist()
-            return [" ".join(f"{number:.6g}" for number in row) for row in rows]
-        if self.read.alphabet:  # a token that is still a mask cannot be: the last step reveals all
-            return ["".join(self.read.alphabet[token] for token in row) for row in objects.tolist()]
-        return [" ".join(map(str, row)) for row in objects.tolist()]
+        return text_of(objects, self.read.units, self.read.alphabet)
 
-    def drawn(self, samples: Samples) -> np.ndarray:
+    def drawn(self, samples: Samples) -> NDArray[np.generic]:
         """The samples as numbers in the units of the data, `[N, *shape]`; tokens as whole numbers."""
-        alphabet, tokens = self.read.alphabet, self.read.is_tokens
-        if tokens and alphabet:
-            return np.array([[alphabet.index(character) for character in one] for one in samples.objects])
-        kind = np.int64 if tokens else np.float32
-        return np.array([one.split() for one in samples.objects]).astype(kind).reshape(-1, *self.read.shape)
+        return numbers_of(samples.objects, self.read.shape, self.read.is_tokens, self.read.alphabet)
 
     def write_samples(self, run: Run, samples: Samples) -> list[Path]:
         """Write samples.npy."""
-        path = run.folder / "samples.npy"
-        with atomic(path) as partial, partial.open("wb") as file:
-            np.save(file, self.drawn(samples), allow_pickle=False)
-        return [path]
+        return [write_array(run.folder / "samples.npy", self.drawn(samples))]
 
     def sections(self, run: Run, policy: Policy) -> list[Section]:
         samples = run.samples()

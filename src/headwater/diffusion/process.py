@@ -172,7 +172,8 @@ class GaussianProcess(Process):
         return GaussianLaw(mean, (share * high + (1 - share) * low).exp())
 
     def predicted_data(self, prediction: Tensor, state: Tensor, number: Tensor) -> Tensor:
-        """The mean of the data, given the state: `[N, *shape]`."""
+        """The mean of the data, given the state: `[N, *shape]`. Of a learned variance a prediction's half is enough."""
+        prediction = prediction[:, : self.shape[0]]
         alpha, sigma = (per_chain(self._at(name, number), state) for name in ("alpha", "sigma"))
         if self.parametrisation == "noise":
             data = (state - sigma * prediction) / alpha

@@ -103,6 +103,9 @@ class Policy(nn.Module):
     """
 
     version: int = 0
+    is_relative: bool = False
+    """Whether `LogProbs.backward` is what a prior says of the same path, and not how likely a walk back would take it:
+    the ratio of both is then that of the path's probability to the prior's."""
 
     @abstractmethod
     def sample(self, condition: Tensor, exploration: Exploration, generator: torch.Generator) -> Trajectories:

@@ -186,9 +186,9 @@ def _asked(settings: Mapping[str, object], defaults: Mapping[str, object] | None
 
 
 def _evaluation_table(evaluation: Mapping[str, object], findings: Findings) -> list[tuple[str, str, str]]:
-    """(label, value, meaning) of every single figure that no section shows; the glossary's come first, in its order,
-    then the domain's."""
-    order = {name: position for position, name in enumerate(dict.fromkeys([*EVALUATION, *findings.terms]))}
+    """(label, value, meaning) of every single figure that no section shows; the domain's come first, in its order, then
+    the glossary's."""
+    order = {name: position for position, name in enumerate(dict.fromkeys([*findings.terms, *EVALUATION]))}
     rows = []
     for name in sorted(evaluation, key=lambda name: order.get(name, len(order))):
         value = evaluation[name]

@@ -1,0 +1,272 @@
+"""The recipe `posterior`: given a diffusion prior p(x) and a likelihood r(x), learn to draw from p(x) r(x) / Z, by
+relative trajectory balance (Venkatraman et al. 2024, arXiv 2405.20971; for inverse problems 2503.09746).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from headwater.conditions import NoCondition
+from headwater.diffusion.adapters import Adapter
+from headwater.diffusion.baselines import require_baselines
+from headwater.diffusion.denoisers import Denoiser
+from headwater.diffusion.likelihood_settings import LikelihoodSettings, Measured
+from headwater.diffusion.likelihoods import Likelihood, require_support
+from headwater.diffusion.measurements import read_array, read_measurements
+from headwater.diffusion.operator_settings import OperatorSettings, operator_of
+from headwater.diffusion.operators import Operator
+from headwater.diffusion.policy import DiffusionPolicy
+from headwater.diffusion.posterior_evaluation import evaluate
+from headwater.diffusion.posterior_report import Seen, findings_of, report_sections
+from headwater.diffusion.priors import SETTINGS, Prior, load_prior, save_prior
+from headwater.diffusion.process import GaussianProcess
+from headwater.diffusion.written import numbers_of, text_of, write_array
+from headwater.environments.base import Objects
+from headwater.objectives import Objective
+from headwater.policies.base import Policy
+from headwater.recipes.base import Problem, Recipe, device_named
+from headwater.replay import ReplaySettings
+from headwater.report import Findings, Section
+from headwater.runs import INPUTS, Run, Samples
+from headwater.sampler import Sampler
+from headwater.training import ExplorationSettings, Sharpness, Training
+
+_TRIED = 256
+"""Draws of the prior on which the likelihood is tried before there is a run."""
+
+
+@dataclass(frozen=True)
+class PosteriorRecipe(Recipe):
+    """Learn to draw from a diffusion prior times a likelihood: the posterior.
+
+    --prior runs/digits --operator inpaint --operator.rows 0:4 --measurement y.npy. The prior is a run of train prior,
+    or a pipeline folder of diffusers. What is drawn is in samples.npy, its mean and deviation beside it.
+    """
+
+    summary: ClassVar[str] = "draw from a diffusion prior times a likelihood: inverse problems, guidance"
+
+    prior: Path | None = None
+    """Folder of a run of train prior, of a prior, or of a pipeline of diffusers."""
+    prior_steps: int = 0
+    """Steps of a diffusers pipeline's chain; 0 for as many as it was trained with."""
+    prior_eta: float = 1.0
+    """Noise of a diffusers DDIM scheduler: above 0, since a chain without noise has no probabilities."""
+    operator: OperatorSettings = field(default_factory=OperatorSettings)
+    """What is measured of an object."""
+    measurement: Path | None = None
+    """What was measured: an array .npy, a table .csv or a picture. With an operator inpaint also a whole object."""
+    value_range: tuple[float, float] = (-1.0, 1.0)
+    """Of a measurement that is a picture, what black and white are."""
+    likelihood: LikelihoodSettings = field(default_factory=LikelihoodSettings)
+    """The noise of the measurement, and what else is known."""
+    truth: Path | None = None
+    """The object itself, if it is known: a file as of a measurement. Only for comparison."""
+    adapter: Adapter = field(default_factory=lambda: Adapter("correction", langevin=True, gradient_at="data"))
+    """How the posterior's network is made from the prior's: a copy, low-rank adapters, or a network beside it; with
+    langevin it is told the gradient of the likelihood, where there is one."""
+    learned_steps: int = 0
+    """Steps of each chain that are learned from in an update, drawn at random; 0 for all."""
+    annealing: Sharpness = field(default_factory=lambda: Sharpness(1.0, 1.0, 0.5))
+    """The likelihood to the power 1 / beta, where beta falls from so much to 1 over this share of the run."""
+    baselines: tuple[str, ...] = ("resampling", "twisted-smc")
+    """Samplers without training to compare with, at equal reward calls: resampling, twisted-smc, dps, lgd-mc,
+    pseudo-inverse."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
+    objective: Objective = field(default_factory=lambda: Objective("vargrad"))
+    """What to balance."""
+    training: Training = field(
+        default_factory=lambda: Training(
+            iterations=2000, batch_size=32, replayed=96, warm_up=2000, replay_backward=True, learning_rate=1e-3,
+            clip_gradient=1.0, log_every=20, evaluate_every=500, checkpoint_every=500,
+        )
+    )  # fmt: skip
+    """How long and how fast to learn. The replay is warmed up with draws of the prior."""
+    exploration: ExplorationSettings = field(default_factory=lambda: ExplorationSettings(epsilon=0.0))
+    """temperature: factor on the variance of every step. epsilon: share of chains that the prior draws."""
+    replay: ReplaySettings = field(default_factory=lambda: ReplaySettings(capacity=20_000, rule="softmax"))
+    """Which objects chains are walked back from."""
+    keep_objects: bool = False
+    """Keep every object ever scored, with its reward, in objects.sqlite."""
+
+    def __post_init__(self) -> None:
+        if self.prior is None:
+            raise ValueError(
+                "prior: name a folder, of a run of train prior or of a pipeline of diffusers (headwater train prior "
+                "--data images.npy makes one)"
+            )
+        if self.annealing.at(1.0) != 1:
+            raise ValueError(
+                f"annealing.beta_end = {self.annealing.at(1.0)}: must be 1 in the end; likelihood.beta is the power of "
+                "the likelihood"
+            )
+        if self.truth is not None and self.measurement is None:
+            raise ValueError("truth: is compared with the posterior of a measurement; give that too")
+        if self.objective.name not in ("tb", "vargrad", "rloo"):
+            raise ValueError(
+                f"objective.name = {self.objective.name!r}: must be vargrad, tb, or rloo, the policy gradient with "
+                "divergence"
+            )
+        require_baselines(self.baselines)
+
+    # What is learned
+
+    def prepared(self, folder: Path) -> Recipe:
+        """With a copy of the prior in the run, if it is one of Headwater's."""
+        kept = folder / INPUTS / "prior"
+        if self.prior == kept or not any((own / SETTINGS).is_file() for own in self._prior_folders):
+            return self
+        save_prior(self.given, kept)
+        return replace(self, prior=kept)
+
+    @property
+    def _prior_folders(self) -> tuple[Path, Path]:
+        assert self.prior is not None
+        return self.prior, self.prior / "prior"
+
+    @cached_property
+    def given(self) -> Prior:
+        """The prior."""
+        assert self.prior is not None
+        return load_prior(self.prior, self.prior_steps, self.prior_eta)
+
+    @cached_property
+    def forward(self) -> Operator:
+        """A(x), in the units of the data."""
+        return operator_of(self.operator, self.given.process.shape)
+
+    @cached_property
+    def y(self) -> Tensor | None:
+        """What was measured, `[1, *forward.measured]`; None where nothing was."""
+        if self.measurement is None:
+            return None
+        y = read_measurements(self.measurement, self.forward, self.value_range)
+        if len(y) > 1:
+            raise ValueError(f"{self.measurement}: holds {len(y)} measurements, a posterior is of one")
+        return y
+
+    @cached_property
+    def measured(self) -> Measured | None:
+        """The likelihood of the measurement; None where there is none."""
+        return None if self.y is None else self.likelihood.measured(self.forward, self.given.units, self.y)
+
+    @cached_property
+    def target(self) -> Likelihood:
+        """r, of the prior's own objects."""
+        return self.likelihood.likelihood(self.measured, self.given.units)
+
+    @cached_property
+    def true_object(self) -> Tensor | None:
+        """In the units of the data, `[*shape]`."""
+        if self.truth is None:
+            return None
+        values, shape = read_array(self.truth, self.value_range), self.given.process.shape
+        if values.numel() != math.prod(shape):
+            raise ValueError(f"{self.truth}: has shape {tuple(values.shape)}, an object of the prior has {shape}")
+        return values.reshape(shape)
+
+    @cached_property
+    def on(self) -> torch.device:
+        """The device."""
+        return device_named(self.device)
+
+    def problem(self) -> Problem:
+        annealed = self.annealing if self.annealing.at(0.0) != 1 else None
+        return Problem(self.policy(self._denoiser()), self.target, NoCondition(), sharpness=annealed)
+
+    def policy(self, posterior: Denoiser, log_z: nn.Module | None = None) -> DiffusionPolicy:
+        """Of a posterior's denoiser."""
+        process, prior = self.given.process, self.given.denoiser
+        policy = DiffusionPolicy(process, prior, posterior, log_z, self.training.steps_at_once, self.learned_steps)
+        return policy.to(self.on)
+
+    def _denoiser(self, columns: int = 0, examples: Tensor | None = None) -> Denoiser:
+        """By the adapter, without a gradient where there is none."""
+        adapter = self.adapter
+        if adapter.langevin and not self._has_gradient(examples):
+            adapter = replace(adapter, langevin=False)
+        return adapter.posterior(self.given, columns, self.target if adapter.langevin else None, examples)
+
+    def _has_gradient(self, examples: Tensor | None) -> bool:
+        if not isinstance(self.given.process, GaussianProcess):
+            return False
+        condition = torch.empty(1, 0) if examples is None else examples[:1]
+        try:
+            self.target.gradient(torch.zeros(1, *self.given.process.shape), condition)
+        except TypeError:
+            return False
+        return True
+
+    def check(self) -> None:
+        """Also that the likelihood is not 0, and has not failed, on all of some draws of the prior."""
+        problem, _ = self.problem(), self.true_object
+        row = torch.empty(1, 0) if (row := self.default_condition()) is None else row
+        rows = row.to(self.on).expand(_TRIED, -1)
+        objects, _ = self.given.sample(rows, torch.Generator().manual_seed(self.seed))
+        require_support(problem.reward(objects, rows), f"of {_TRIED} draws of the prior")
+
+    # How good it is
+
+    def evaluation(self, run: Run, sampler: Sampler) -> dict[str, object]:
+        """Bounds on log Z and an estimate, how far to trust them, and other samplers at equal reward calls."""
+        policy = sampler.problem.policy
+        assert isinstance(policy, DiffusionPolicy)
+        calls = max((int(float(row["reward_calls"])) for row in run.metrics() if "reward_calls" in row), default=0)
+        evaluated = evaluate(
+            policy, self.given, self.target, None if self.measured is None else self.measured.likelihood,
+            self.true_object, self.baselines, calls, torch.Generator().manual_seed(self.seed + 2),
+            self.default_condition(),
+        )  # fmt: skip
+        for name, objects in evaluated.drawn_by.items():
+            write_array(run.folder / f"baseline-{name}.npy", self._in_units(objects))
+        return evaluated.figures
+
+    def findings(self, figures: Mapping[str, object]) -> Findings:
+        return findings_of(figures)
+
+    # Its objects
+
+    @property
+    def _tokens(self) -> bool:
+        return not self.given.process.start(1, torch.Generator()).is_floating_point()
+
+    def _in_units(self, objects: Tensor) -> NDArray[np.generic]:
+        return self.given.units.of_data(objects.cpu()).numpy()
+
+    def text(self, objects: Objects) -> list[str]:
+        assert isinstance(objects, Tensor)
+        return text_of(objects, self.given.units, self.given.alphabet)
+
+    def drawn(self, samples: Samples) -> NDArray[np.generic]:
+        """The samples as numbers in the units of the data, `[N, *shape]`; tokens as whole numbers."""
+        return numbers_of(samples.objects, self.given.process.shape, self._tokens, self.given.alphabet)
+
+    def write_samples(self, run: Run, samples: Samples) -> list[Path]:
+        """Write samples.npy; of numbers also mean.npy and deviation.npy, and of images samples.png."""
+        values = self.drawn(samples)
+        files = [write_array(run.folder / "samples.npy", values)]
+        if not self._tokens:
+            files += [
+                write_array(run.folder / "mean.npy", values.mean(0)),
+                write_array(run.folder / "deviation.npy", values.std(0)),
+            ]
+        return files
+
+    def sections(self, run: Run, policy: Policy) -> list[Section]:
+        samples = run.samples()
+        if samples is None:
+            return []
+        seen = None if self.y is None else Seen(self.forward, self.y, self.likelihood)
+        return report_sections(
+            run.folder, run.evaluation(), seen, self.true_object, self.drawn(samples), samples.objects
+        )

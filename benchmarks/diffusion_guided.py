@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from headwater.diffusion.adapters import LogLikelihood
 from headwater.diffusion.denoisers import Denoiser, ResidualMLP, time_features
+from headwater.diffusion.langevin import LogLikelihood
 from headwater.diffusion.likelihoods import ascent
 from headwater.diffusion.mixtures import step_numbers
 from headwater.diffusion.process import GaussianProcess

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from diffusion_guided import Climb, Guided
 from headwater.conditions import NoCondition
 from headwater.diffusion.chains import Chains, draw_chains, walk_back
 from headwater.diffusion.denoisers import Denoiser
 from headwater.diffusion.estimators import LogZ, log_z_estimates, resample, resampling_estimates
-from diffusion_guided import Climb, Guided
 from headwater.diffusion.likelihoods import GaussianLikelihood, Likelihood
 from headwater.diffusion.mixtures import GaussianMixture, MixtureDenoiser
 from headwater.diffusion.policy import DiffusionPolicy

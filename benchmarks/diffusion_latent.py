@@ -10,25 +10,30 @@ results/diffusion-latent.json and .md.
 
 from __future__ import annotations
 
+import argparse
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from diffusion_learning import (
+    RESULTS,
     Figures,
     Posterior,
     Recipe,
     climb_of,
     draws,
     estimates,
+    keep,
     learn,
     number,
     resampled,
-)  # fmt: skip
+)
 from headwater.diffusion.digits import SHAPE, load_digits
 from headwater.diffusion.guidance import dps
 from headwater.diffusion.latent import Autoencoder, of_latents

@@ -96,7 +96,7 @@ def climb_of(likelihood: GaussianLikelihood, data: GaussianMixture, deviation: f
     summed over what is measured and in units of its noise."""
     x = data.sample(count, torch.Generator().manual_seed(0)).view(count, *likelihood.operator.shape)
     jacobian = torch.func.vmap(torch.func.jacrev(lambda one: likelihood.operator(one[None])[0].flatten()))(x)
-    return Climb(jacobian.flatten(2).square().sum(1).mean(0) / likelihood.sigma.square(), None, deviation, 1.0)
+    return Climb(jacobian.flatten(2).square().sum(1).mean(0) / likelihood.sigma.square(), None, deviation, start)
 
 
 class Counted:

@@ -52,14 +52,14 @@ DRAWS = 4000
 STEPS = 20
 """Of a chain: those of the prior then give its components their weights to 0.02."""
 SCALES = (0.03, 0.1, 0.3, 1.0, 3.0)
-ITERATIONS = {2: 500, 8: 1000, 16: 1000}
+ITERATIONS = {2: 800, 8: 1000, 16: 1000}
 RECIPE = Recipe(
     objective=Objective("tb", penalty="huber"),
     training=Training(
-        batch_size=64, replayed=64, warm_up=4096, replay_backward=True, learning_rate=3e-3, log_z_learning_rate=0.5,
+        batch_size=64, replayed=64, warm_up=4096, replay_backward=True, learning_rate=2e-3, log_z_learning_rate=0.5,
         schedule="cosine",
     ),
-    exploration=ExplorationSettings(epsilon=0.0, average=0.99),
+    exploration=ExplorationSettings(epsilon=0.0, average=0.995),
     replay=ReplaySettings(rule="softmax", capacity=20_000),
 )  # fmt: skip
 
@@ -83,7 +83,7 @@ def problem(dimensions: int, seed: int) -> Posterior:
     truth = data.noised(process.alphas[-1], process.sigmas[-1]).sample(1, generator)
     y = GaussianLikelihood(operator, DEVIATION).draw(truth, generator)
     likelihood = GaussianLikelihood(operator, DEVIATION, y)
-    return Posterior(process, data, likelihood, climb_of(likelihood, data, WIDTH))
+    return Posterior(process, data, likelihood, climb_of(likelihood, data, WIDTH, 0.0 if dimensions == 2 else 1.0))
 
 
 def truth_of(posterior: Posterior, seed: int) -> Truth:

@@ -91,10 +91,12 @@ class Learned:
     gradient_calls: int
 
 
-def climb_of(likelihood: GaussianLikelihood, data: GaussianMixture, deviation: float = 1.0, count: int = 256) -> Climb:
+def climb_of(
+    likelihood: GaussianLikelihood, data: GaussianMixture, deviation: float = 1.0, start: float = 1.0
+) -> Climb:
     """The curvature of -log r in each coordinate: the mean square of the operator's derivative over draws of the prior,
     summed over what is measured and in units of its noise."""
-    x = data.sample(count, torch.Generator().manual_seed(0)).view(count, *likelihood.operator.shape)
+    x = data.sample(256, torch.Generator().manual_seed(0)).view(256, *likelihood.operator.shape)
     jacobian = torch.func.vmap(torch.func.jacrev(lambda one: likelihood.operator(one[None])[0].flatten()))(x)
     return Climb(jacobian.flatten(2).square().sum(1).mean(0) / likelihood.sigma.square(), None, deviation, start)
 

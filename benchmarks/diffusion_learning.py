@@ -123,6 +123,8 @@ def learn(posterior: Posterior, recipe: Recipe, seed: int) -> Learned:
     )  # fmt: skip
     began = time.process_time()
     trainer.run(progress_bar=False)
+    if trainer.interrupted:
+        raise SystemExit("interrupted: what was learned so far is no result")
     sampler = trainer.sampler
     assert isinstance(sampler, DiffusionPolicy)
     return Learned(sampler.posterior.eval(), time.process_time() - began, trainer.search.drawn, counted.count)

@@ -29,6 +29,7 @@ AUTOENCODER, AUTOENCODER_WEIGHTS = "autoencoder.json", "autoencoder.safetensors"
 _FORMAT = "headwater.autoencoder.1"
 _LARGEST = 65_536
 """Of any size in settings: they may come from a file."""
+_FIRST_LOG_DEVIATION = -2.0  # small beside data of order 1: from above, latents would stay silent for long
 
 Decode: TypeAlias = Callable[[Tensor], Tensor]
 """Objects `[N, *shape]` of latents `[N, *latent shape]`, differentiable."""
@@ -50,7 +51,7 @@ class Autoencoder(nn.Module):
         size = math.prod(self.shape)
         self.encoder = _perceptron(size, width, 2 * latent)
         self.decoder = _perceptron(latent, width, size)
-        self.log_deviation = nn.Parameter(torch.zeros(()))
+        self.log_deviation = nn.Parameter(torch.tensor(_FIRST_LOG_DEVIATION))
 
     def settings(self) -> dict[str, object]:
         """The arguments that it was built with."""

@@ -20,7 +20,7 @@ from headwater.trajectories import Trajectories
 LATENT_NOISE = "latent_noise"
 """The per-step tensor of the standard normal noise of latents, `[S, d_z]`."""
 
-FITTING = Training(iterations=2000, batch_size=128, learning_rate=1e-3, schedule="cosine")
+FITTING = Training(iterations=2000, batch_size=128, learning_rate=2e-3, schedule="cosine")
 
 
 class AutoencoderFitting(Policy):

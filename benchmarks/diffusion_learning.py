@@ -29,6 +29,8 @@ from headwater.training import ExplorationSettings, Trainer, Training
 from provenance import load, provenance
 
 RESULTS = Path(__file__).parent / "results"
+MOST_RESAMPLED = 1_000_000
+"""Draws of the prior that are weighed, where training took more calls of the likelihood and its gradient."""
 Figures = dict[str, object]
 
 
@@ -158,15 +160,17 @@ def _in_parts(
 
 
 def resampled(posterior: Posterior, calls: int, count: int, generator: torch.Generator) -> tuple[Tensor, LogZ]:
-    """Importance resampling of so many exact draws of the prior: `[count, *shape]`, and what their weights say. Of all
-    draws only those are kept that weigh anything beside the best."""
-    kept: list[tuple[Tensor, Tensor]] = []
-    for size in [100_000] * (calls // 100_000) + [calls % 100_000] * (calls % 100_000 > 0):
-        x = posterior.ends.sample(size, generator).view(size, *posterior.process.shape)
-        kept.append((x, posterior.likelihood(x, x.new_empty(size, 0)).double()))
-    log_reward = torch.cat([score for _, score in kept])
-    chosen = resample(log_reward, count, generator)
-    return torch.cat([x for x, _ in kept])[chosen], resampling_estimates(log_reward)
+    """Importance resampling of so many exact draws of the prior, `MOST_RESAMPLED` at most: `[count, *shape]`, and what
+    their weights say. Only those are held that weigh anything beside the best."""
+    kept, scores, best = [], [], -math.inf
+    for size in torch.arange(min(calls, MOST_RESAMPLED)).split(50_000):
+        x = posterior.ends.sample(len(size), generator).view(len(size), *posterior.process.shape)
+        score = posterior.likelihood(x, x.new_empty(len(size), 0)).double()
+        scores.append(score)
+        best = max(best, float(score.max()))
+        kept.append((x[score > best - 25], score[score > best - 25]))
+    chosen = resample(torch.cat([score for _, score in kept]), count, generator)
+    return torch.cat([x for x, _ in kept])[chosen], resampling_estimates(torch.cat(scores))
 
 
 def keep(path: Path, key: dict[str, object], make: Callable[[], Figures], command: list[str]) -> Figures:

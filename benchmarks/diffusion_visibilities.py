@@ -11,27 +11,41 @@ unit variance; turned so that the array sees each by itself as well as it can. W
 
 from __future__ import annotations
 
+import argparse
 import math
+import sys
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from diffusion_learning import (
+    MOST_RESAMPLED,
+    RESULTS,
+    Figures,
     Posterior,
     Recipe,
     climb_of,
-)  # fmt: skip
+    draws,
+    estimates,
+    keep,
+    learn,
+    number,
+    resampled,
+)
 from diffusion_truth import Truth, by_modes
+from headwater.diffusion.calibration import coverage
+from headwater.diffusion.guidance import dps
 from headwater.diffusion.latent import of_latents
 from headwater.diffusion.likelihoods import GaussianLikelihood
+from headwater.diffusion.measures import beside_floor, random_directions, sliced_wasserstein, total_variation
 from headwater.diffusion.mixtures import GaussianMixture
 from headwater.diffusion.operators import Matrix, Operator
 from headwater.diffusion.process import GaussianProcess
 from headwater.diffusion.transforms import Fourier
 from headwater.objectives import Objective
-from headwater.replay import ReplaySettings
 from headwater.training import ExplorationSettings, Training
 
 SIDE = 8
@@ -41,15 +55,13 @@ NOISE = 2.5
 DIRECTIONS = 8
 STEPS = 20
 DRAWS = 4000
+SCALES = (0.03, 0.1, 0.3, 1.0)
+"""Step sizes of DPS that are tried."""
 RECIPE = Recipe(
     objective=Objective("vargrad", penalty="huber"),
-    training=Training(
-        iterations=800, batch_size=96, replayed=96, warm_up=0, replay_backward=True, learning_rate=1e-3,
-        schedule="cosine",
-    ),
-    exploration=ExplorationSettings(epsilon=0.0, average=0.99),
-    replay=ReplaySettings(rule="recent", capacity=20_000),
-)  # fmt: skip
+    training=Training(iterations=350, batch_size=128, learning_rate=1e-3, schedule="cosine"),
+    exploration=ExplorationSettings(epsilon=0.0, average=0.98),
+)
 
 
 def baselines() -> Tensor:
@@ -147,3 +159,126 @@ def truth_of(kind: str, posterior: Posterior, seed: int) -> Truth:
         return Truth(exact.sample(20_000, generator), log_z, 0.0, math.nan, math.nan)
     starts = torch.cat([posterior.ends.mean.float(), posterior.ends.sample(24, generator)])
     return by_modes(posterior.log_density, starts, 200_000, 20_000, seed, 1.05)
+
+
+def look(posterior: Posterior, x: Tensor, truth: Truth, seed: int) -> Figures:
+    """Draws `[N, 64]` of z beside those of the exact posterior: chi-squared of what was measured, modes, and coverage:
+    of draws of the exact posterior in the place of truths, by balls around others of them that hold a share of
+    64 draws each."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = random_directions(100, x.shape[1], generator)
+
+    def exact(count: int) -> Tensor:
+        return truth.draws[torch.randperm(len(truth.draws), generator=generator)[:count]]
+
+    def share(points: Tensor) -> Tensor:
+        return posterior.ends.responsibilities(points).mean(0)
+
+    def covered(points: Tensor) -> float:
+        some = torch.randint(len(points), (2000, 64), generator=generator)
+        found = coverage(exact(2000), points[some], exact(2000), generator)
+        return float((found.coverage - found.level).abs().max())
+
+    expected, own = share(truth.draws), share(x)
+    sliced = beside_floor(lambda one, two: sliced_wasserstein(one, two, directions), x, exact, 3)
+    half = torch.tensor([1, 0]).repeat_interleave(DIRECTIONS // 2)
+    first = half[expected.argmax()]  # the half of the directions in which the best component is; its mirror is beyond
+    return {
+        "chi_squared": chi_squared(posterior, x),
+        "chi_squared_exact": chi_squared(posterior, truth.draws),
+        "coverage_off": covered(x),
+        "coverage_off_floor": covered(truth.draws),
+        "mass_off": abs(float(own[half == first].sum() - expected[half == first].sum())),
+        "total_variation": total_variation(own, expected),
+        "total_variation_floor": total_variation(share(exact(len(x))), expected),
+        "sliced_wasserstein": sliced.value,
+        "sliced_wasserstein_floor": sliced.floor,
+    }
+
+
+def chi_squared(posterior: Posterior, x: Tensor) -> float:
+    """The mean over draws of the squared residual in units of the noise, per measured value."""
+    likelihood = posterior.likelihood
+    assert isinstance(likelihood, GaussianLikelihood)
+    with torch.no_grad():
+        return float((likelihood.residual(x, x.new_empty(len(x), 0)) / likelihood.sigma).square().mean())
+
+
+def trained(kind: str, seed: int) -> Figures:
+    (posterior, z), generator = problem(kind, seed), torch.Generator().manual_seed(seed)
+    truth, learned = truth_of(kind, posterior, seed), learn(posterior, RECIPE, seed)
+    drawn = draws(posterior, learned.denoiser, DRAWS, generator)
+    found = estimates(posterior, learned.denoiser, drawn, truth.draws[:2000], generator)
+    images, exact = (array().images(points) for points in (drawn.objects, truth.draws))
+    return {
+        "log_z_exact": truth.log_z,
+        "log_z_exact_error": truth.log_z_error,
+        "truth_effective_sample_size": truth.effective_sample_size,
+        "truth_pareto_k": truth.pareto_k,
+        **found.figures(),
+        "log_z_away": found.log_z - truth.log_z,
+        "seconds": learned.seconds,
+        "reward_calls": learned.reward_calls,
+        "gradient_calls": learned.gradient_calls,
+        **look(posterior, drawn.objects, truth, seed),
+        "pictures": {
+            "truth": rounded(array().images(z)[0]),
+            "samples": [rounded(image) for image in images[:4]],
+            "mean": rounded(images.mean(0)),
+            "deviation": rounded(images.std(0)),
+            "exact mean": rounded(exact.mean(0)),
+            "exact deviation": rounded(exact.std(0)),
+        },
+    }
+
+
+def rounded(image: Tensor) -> list[float]:
+    return [round(value, 2) for value in image.tolist()]
+
+
+def guided(kind: str, seed: int) -> Figures:
+    """DPS at the step size that comes nearest to the exact draws, of those tried."""
+    posterior, _ = problem(kind, seed)
+    truth, tried, best = truth_of(kind, posterior, seed), {}, {}
+    for scale in SCALES:
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.empty(DRAWS, 0)
+        try:
+            drawn = dps(posterior.process, posterior.prior(), posterior.likelihood, rows, generator, scale)
+        except ValueError:  # diverged
+            continue
+        figures = look(posterior, drawn.objects, truth, seed)
+        tried[str(scale)] = figures["sliced_wasserstein"]
+        if not best or number(figures["sliced_wasserstein"]) < number(best["sliced_wasserstein"]):
+            best = figures | {"scale": scale, "reward_calls": drawn.reward_calls}
+    return best | {"sliced_wasserstein_by_scale": tried}
+
+
+def weighed(kind: str, seed: int, calls: int) -> Figures:
+    (posterior, _), generator = problem(kind, seed), torch.Generator().manual_seed(seed)
+    truth = truth_of(kind, posterior, seed)
+    x, found = resampled(posterior, calls, DRAWS, generator)
+    away = {"log_z_away": found.log_z - truth.log_z, "reward_calls": min(calls, MOST_RESAMPLED)}
+    return dict(found.figures()) | away | look(posterior, x, truth, seed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kinds", nargs="*", default=["complex", "amplitudes"], help="complex, amplitudes or both")
+    parser.add_argument("--seeds", type=int, default=3, help="each has a measurement of its own")
+    parser.add_argument("--output", type=Path, default=RESULTS / "diffusion-visibilities.json")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    command = ["python benchmarks/diffusion_visibilities.py", *sys.argv[1:]]
+    for seed in range(asked.seeds):
+        for kind in asked.kinds:
+            key = {"visibilities": kind, "seed": seed}
+            ours = keep(asked.output, {"sampler": "trained"} | key, partial(trained, kind, seed), command)
+            calls = int(number(ours["reward_calls"]) + number(ours["gradient_calls"]))
+            keep(asked.output, {"sampler": "DPS"} | key, partial(guided, kind, seed), command)
+            make = partial(weighed, kind, seed, calls)
+            keep(asked.output, {"sampler": "resampling"} | key, make, command)
+
+
+if __name__ == "__main__":
+    main()

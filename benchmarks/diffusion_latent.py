@@ -28,6 +28,7 @@ from diffusion_learning import (
     Posterior,
     Recipe,
     climb_of,
+    corrected,
     draws,
     estimates,
     keep,
@@ -52,13 +53,13 @@ STEPS = 20
 WIDTH = 0.25
 """Deviation of the linear problem's components."""
 DRAWS = 10_000
-SCALES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+SCALES = (0.1, 0.3, 0.6, 1.0, 3.0)
 SIDE, CELLS = 4.5, 24
 """Of the square of latents, half, and how many cells a side total variation is over."""
 RECIPE = Recipe(
     objective=Objective("tb", penalty="huber"),
     training=Training(
-        iterations=400, batch_size=64, replayed=64, warm_up=4096, replay_backward=True, learning_rate=2e-3,
+        iterations=600, batch_size=64, replayed=64, warm_up=4096, replay_backward=True, learning_rate=2e-3,
         log_z_learning_rate=0.5, schedule="cosine",
     ),
     exploration=ExplorationSettings(epsilon=0.0, average=0.99),
@@ -179,6 +180,7 @@ def trained(name: str, seed: int) -> Figures:
         "reward_calls": learned.reward_calls,
         "gradient_calls": learned.gradient_calls,
         **look(known, drawn.objects, seed),
+        "total_variation_corrected": total_variation(known.shares(corrected(drawn, generator)), known.probability),
     }
 
 

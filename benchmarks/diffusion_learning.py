@@ -29,7 +29,7 @@ from headwater.training import ExplorationSettings, Trainer, Training
 from provenance import load, provenance
 
 RESULTS = Path(__file__).parent / "results"
-MOST_RESAMPLED = 1_000_000
+MOST_RESAMPLED = 300_000
 """Draws of the prior that are weighed, where training took more calls of the likelihood and its gradient."""
 Figures = dict[str, object]
 
@@ -135,6 +135,12 @@ def learn(posterior: Posterior, recipe: Recipe, seed: int) -> Learned:
 def draws(posterior: Posterior, denoiser: nn.Module, count: int, generator: torch.Generator) -> Chains:
     """Chains drawn by a posterior's denoiser and weighed against the prior, 2,000 at once."""
     return _in_parts(posterior, denoiser, torch.empty(count, 0), generator, None)
+
+
+def corrected(drawn: Chains, generator: torch.Generator) -> Tensor:
+    """Objects resampled by the weights of their chains, as many, which are right whatever the sampler has learned, as
+    far as its weights are even."""
+    return drawn.objects[resample(drawn.log_reward - drawn.log_ratio, len(drawn.objects), generator)]
 
 
 def estimates(

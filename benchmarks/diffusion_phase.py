@@ -25,6 +25,7 @@ from diffusion_learning import (
     Posterior,
     Recipe,
     climb_of,
+    corrected,
     draws,
     estimates,
     keep,
@@ -52,7 +53,7 @@ DEVIATION, WIDTH = 0.1, 0.2
 DRAWS = 4000
 STEPS = 20
 """Of a chain: those of the prior then give its components their weights to 0.02."""
-SCALES = (0.03, 0.1, 0.3, 1.0, 3.0)
+SCALES = (0.1, 0.3, 1.0)
 ITERATIONS = {2: 400, 16: 600}
 RECIPE = Recipe(
     objective=Objective("tb", penalty="huber"),
@@ -133,6 +134,7 @@ def trained(dimensions: int, seed: int) -> Figures:
         "reward_calls": learned.reward_calls,
         "gradient_calls": learned.gradient_calls,
         **look(posterior, drawn.objects, truth, seed),
+        "corrected": look(posterior, corrected(drawn, generator), truth, seed),
     }
 
 

@@ -28,6 +28,7 @@ from diffusion_learning import (
     Posterior,
     Recipe,
     climb_of,
+    corrected,
     draws,
     estimates,
     keep,
@@ -55,7 +56,7 @@ NOISE = 2.5
 DIRECTIONS = 8
 STEPS = 20
 DRAWS = 4000
-SCALES = (0.03, 0.1, 0.3, 1.0)
+SCALES = (0.1, 0.3, 1.0)
 """Step sizes of DPS that are tried."""
 RECIPE = Recipe(
     objective=Objective("vargrad", penalty="huber"),
@@ -221,6 +222,7 @@ def trained(kind: str, seed: int) -> Figures:
         "reward_calls": learned.reward_calls,
         "gradient_calls": learned.gradient_calls,
         **look(posterior, drawn.objects, truth, seed),
+        "corrected": look(posterior, corrected(drawn, generator), truth, seed),
         "pictures": {
             "truth": rounded(array().images(z)[0]),
             "samples": [rounded(image) for image in images[:4]],

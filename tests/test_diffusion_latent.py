@@ -116,7 +116,8 @@ def test_an_autoencoder_learns_a_curved_sheet_and_draws_near_it() -> None:
     left = torch.linalg.svdvals(held_out - held_out.mean(0)).square()[2:].sum() / held_out.numel()
     assert away < 0.3 * left  # of what the two principal components leave
     drawn = AutoencoderFitting(autoencoder).sample(torch.empty(500, 0), generator=seeded(2)).steps["state"]
-    shuffled = torch.stack([column[torch.randperm(500, generator=seeded(4))] for column in held_out.mT], 1)
+    random = seeded(4)
+    shuffled = torch.stack([column[torch.randperm(500, generator=random)] for column in held_out.mT], 1)
     near, far = (torch.cdist(points, sheet(2000, 3)).amin(1).median() for points in (drawn, shuffled))
     assert near < 0.5 * far
 

@@ -229,12 +229,3 @@ def table(rows: list[Figures], by: tuple[str, ...], columns: dict[str, str]) -> 
         cells = [interval(number(row[name]) for row in some if row.get(name) is not None) for name in columns]
         lines.append("| " + " | ".join([*map(str, group), *cells]) + " |")
     return lines
-
-
-def write_report(output: Path, lines: list[str]) -> None:
-    """The lines beside the results, with the command and the machine that gave them at the end."""
-    source = json.loads(output.read_text())["provenance"]
-    versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())
-    machine = f"{source['cpu']}, one thread; Python {source['python']}, {versions}; commit {source['commit'][:7]}."
-    text = "\n".join([*lines, "", "## Command and machine", "", f"    {source['command']}", "", machine, ""])
-    output.with_suffix(".md").write_text(text)

@@ -54,7 +54,7 @@ STATIONS, HOURS = 5, 10
 NOISE = 2.5
 """Deviation of each part of a visibility, where the image adds up to about 32."""
 DIRECTIONS = 8
-STEPS = 20
+STEPS = 30
 DRAWS = 4000
 SCALES = (0.1, 0.3, 1.0)
 """Step sizes of DPS that are tried."""

@@ -31,6 +31,58 @@ COST = {
 }
 
 
+PHASE_PROBLEM = """\
+y = |F x|² + noise, with the discrete transform of a vector of 2 or 16 numbers padded to twice its length, does not
+change where x is negated or mirrored. The prior is a mixture of 16 Gaussians: 4 objects, each with all of its four
+images under these symmetries, with weights 4 : 3 : 2 : 1 (x, -x, mirrored x, its negative). So the posterior has
+modes in just this proportion, whatever y. The other figures are held against a sum over a grid (2 dimensions) or
+importance sampling of 200,000 draws from Gaussians at all modes (16 dimensions; its error of log Z is at most 0.01)."""
+PHASE_SAMPLERS = """\
+The sampler is trained for one measurement by relative trajectory balance on the prior's closed form, chains of 20
+steps, with the gradient of log r at the predicted data as an input. DPS has the step size of those tried that comes
+nearest to the exact draws by sliced Wasserstein distance, which no user could know. Resampling weighs 300,000 exact
+draws of the prior. Chains weighted: the sampler's own draws resampled by the weights of their chains. A cell is the
+mean over measurements with its 95 % interval."""
+PHASE_DPS = """\
+- DPS does not collapse to one of the modes, as it was expected to: each chain takes one, but chains start anywhere,
+  and the prior leads as many to each as it should. Its error is in the widths, the components and, in 16 dimensions,
+  in how many of its chains fit the data at all."""
+LATENT_PROBLEM = """\
+A prior draws latents z, a decoder makes the object, and p(z | y) ∝ p(z) p(y | decode(z)) is wanted. *linear*: a
+random linear decoder from 4 numbers to 16 of which 3 are measured with noise 0.3, and a mixture of 20 Gaussians as
+the prior; everything has a closed form, and total variation is over the components' weights. *digits*: an autoencoder
+with 2 latents trained on 1,347 of scikit-learn's 8 x 8 digits (`headwater.diffusion.latent_fitting`), the density of
+their latents as the prior, and the means of a digit's four quarters measured with noise 0.1; the truth is a sum over
+600 x 600 cells, and total variation is over 24 x 24 of them."""
+LATENT_SAMPLERS = """\
+Latent DPS is `guidance.dps` with the decoder in the likelihood, at the step size of least total variation of those
+tried, which no user could know. The sampler is trained for one measurement by relative trajectory balance on the
+prior's closed form, chains of 20 steps. Resampling weighs 300,000 exact draws of the prior; in so few dimensions it
+is right, and cheap: these problems are here since their truth is known. A cell is the mean over measurements with its
+95 % interval."""
+ARRAY_PROBLEM = """\
+Five stations make 10 baselines, and 10 hours 100 points (u, v) of the Fourier transform of an 8 x 8 image, by direct
+sums (`transforms.Fourier`); each part of a visibility has noise of deviation 2.5, beside visibilities of 0.3 to 30.
+The prior is a mixture of eight crescents, bright in eight directions with weights 1 to 8, with smooth Gaussian
+variation around each. *complex*: both parts are measured, and the posterior has a closed form. *amplitudes*: only
+absolute values are, which an image shares with its point reflection, so that the posterior has two modes in the
+proportion of the prior's weights; the truth is importance sampling of 200,000 draws from Gaussians at all modes,
+whose log Z has a standard error of at most 0.02."""
+ARRAY_SAMPLERS = """\
+Chains of 30 steps draw the image's 64 standardised coordinates, turned to the directions that the array sees each by
+itself. The sampler is trained for one measurement by relative trajectory balance on the prior's closed form from the
+step that Bayes' rule says of one Gaussian (pseudo-inverse guidance) on. DPS has the step size of those tried that is
+nearest to the exact draws by sliced Wasserstein distance. Resampling weighs 300,000 exact draws of the prior.
+Coverage: 2,000 draws of the exact posterior in the place of truths, each against 64 of the sampler's, by balls around
+other exact draws (TARP); the largest difference from the level. A cell is the mean over measurements with its 95 %
+interval."""
+ARRAY_PICTURE = """\
+![Truth, samples, their mean and deviation, and those of exact draws](diffusion-visibilities.png)"""
+ARRAY_CAPTION = """\
+Above from complex visibilities, below from amplitudes alone, where samples are of both modes and their mean is of
+neither."""
+
+
 def with_bounds(row: Figures) -> Figures:
     """The row with what its bounds are off by, and what its weights correct by name."""
     known = row.get("log_z_exact")
@@ -66,18 +118,9 @@ def phase(rows: list[Figures]) -> list[str]:
     return [
         "# Phase retrieval: modes that no measurement tells apart",
         "",
-        "y = |F x|² + noise, with the discrete transform of a vector of 2 or 16 numbers padded to twice its length, does "
-        "not change where x is negated or mirrored. The prior is a mixture of 16 Gaussians: 4 objects, each with all of "
-        "its four images under these symmetries, with weights 4 : 3 : 2 : 1 (x, -x, mirrored x, its negative). So the "
-        "posterior has modes in just this proportion, whatever y. The other figures are held against a sum over a grid "
-        "(2 dimensions) or importance sampling of 200,000 draws from Gaussians at all modes (16 dimensions; its error of "
-        "log Z is at most 0.01).",
+        PHASE_PROBLEM,
         "",
-        "The sampler is trained for one measurement by relative trajectory balance on the prior's closed form, chains of "
-        "20 steps, with the gradient of log r at the predicted data as an input. DPS has the step size of those tried "
-        "that comes nearest to the exact draws by sliced Wasserstein distance, which no user could know. Resampling "
-        "weighs 300,000 exact draws of the prior. Chains weighted: the sampler's own draws resampled by the weights of "
-        "their chains. A cell is the mean over measurements with its 95 % interval.",
+        PHASE_SAMPLERS,
         "",
         *table(rows, by, masses),
         "",
@@ -92,9 +135,7 @@ def phase(rows: list[Figures]) -> list[str]:
             + goal([row for row in ours if row["dimensions"] == dimensions], "mass_error", lambda it: it <= 0.05)
             for dimensions in dict.fromkeys(row["dimensions"] for row in ours)
         ),
-        "- DPS does not collapse to one of the modes, as it was expected to: each chain takes one, but chains start "
-        "anywhere, and the prior leads as many to each as it should. Its error is in the widths, the components and, in "
-        "16 dimensions, in how many of its chains fit the data at all.",
+        PHASE_DPS,
     ]
 
 
@@ -120,19 +161,9 @@ def latent(rows: list[Figures]) -> list[str]:
     return [
         "# Posteriors in a latent space",
         "",
-        "A prior draws latents z, a decoder makes the object, and p(z | y) ∝ p(z) p(y | decode(z)) is wanted. *linear*: a "
-        "random linear decoder from 4 numbers to 16 of which 3 are measured with noise 0.3, and a mixture of 20 "
-        "Gaussians as the prior; everything has a closed form, and total variation is over the components' weights. "
-        "*digits*: an autoencoder with 2 latents trained on 1,347 of scikit-learn's 8 x 8 digits "
-        "(`headwater.diffusion.latent_fitting`), the density of their latents as the prior, and the means of a digit's "
-        "four quarters measured with noise 0.1; the truth is a sum over 600 x 600 cells, and total variation is over 24 x 24 "
-        "of them.",
+        LATENT_PROBLEM,
         "",
-        "Latent DPS is `guidance.dps` with the decoder in the likelihood, at the step size of least total variation of "
-        "those tried, which no user could know. The sampler is trained for one measurement by relative trajectory "
-        "balance on the prior's closed form, chains of 20 steps. Resampling weighs 300,000 exact draws of the prior; in "
-        "so few dimensions it is right, and cheap: these problems are here since their truth is known. A cell is the "
-        "mean over measurements with its 95 % interval.",
+        LATENT_SAMPLERS,
         "",
         *table(rows, by, columns),
         "",
@@ -175,21 +206,9 @@ def visibilities(rows: list[Figures]) -> list[str]:
     return [
         "# Imaging from the visibilities of a rotating array",
         "",
-        "Five stations make 10 baselines, and 10 hours 100 points (u, v) of the Fourier transform of an 8 x 8 image, by direct "
-        "sums (`transforms.Fourier`); each part of a visibility has noise of deviation 2.5, beside visibilities of 0.3 "
-        "to 30. The prior is a mixture of eight crescents, bright in eight directions with weights 1 to 8, with smooth "
-        "Gaussian variation around each. *complex*: both parts are measured, and the posterior has a closed form. "
-        "*amplitudes*: only absolute values are, which an image shares with its point reflection, so that the posterior "
-        "has two modes in the proportion of the prior's weights; the truth is importance sampling of 200,000 draws from "
-        "Gaussians at all modes, whose log Z has a standard error of at most 0.02.",
+        ARRAY_PROBLEM,
         "",
-        "Chains of 20 steps draw the image's 64 standardised coordinates, turned to the directions that the array sees "
-        "each by itself. The sampler is trained for one measurement by relative trajectory balance on the prior's closed form "
-        "from the step that Bayes' rule says of one Gaussian (pseudo-inverse guidance) on. DPS has the step size of "
-        "those tried that is nearest to the exact draws by sliced Wasserstein distance. Resampling weighs 300,000 exact "
-        "draws of the prior. Coverage: 2,000 draws of the exact posterior in the place of truths, each against 64 of the "
-        "sampler's, by balls around other exact draws (TARP); the largest difference from the level. A cell is the mean "
-        "over measurements with its 95 % interval.",
+        ARRAY_SAMPLERS,
         "",
         *table(rows, by, fit),
         "",
@@ -207,10 +226,9 @@ def visibilities(rows: list[Figures]) -> list[str]:
         "",
         "## Pictures",
         "",
-        "![Truth, four samples, mean and deviation of the sampler, mean and deviation of exact draws](diffusion-visibilities.png)",
+        ARRAY_PICTURE,
         "",
-        "Above from complex visibilities, below from amplitudes alone, where samples are of both modes and their mean is "
-        "of neither.",
+        ARRAY_CAPTION,
     ]
 
 

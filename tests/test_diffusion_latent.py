@@ -14,7 +14,6 @@ from torch.distributions import Normal, kl_divergence
 from headwater.diffusion.denoisers import ResidualMLP
 from headwater.diffusion.guidance import dps
 from headwater.diffusion.latent import (
-    AUTOENCODER,
     AUTOENCODER_WEIGHTS,
     Autoencoder,
     Decoded,
@@ -35,7 +34,7 @@ from headwater.diffusion.likelihoods import (
 )
 from headwater.diffusion.mixtures import GaussianMixture, MixtureDenoiser
 from headwater.diffusion.operators import Mask, Matrix, box_mask
-from headwater.diffusion.priors import Prior, Units
+from headwater.diffusion.priors import AUTOENCODER, Prior, Units, load_prior
 from headwater.diffusion.process import GaussianProcess
 from headwater.training import Training
 
@@ -132,6 +131,8 @@ def test_a_latent_prior_comes_back_from_its_folder(tmp_path: Path) -> None:
     assert drawn[0].shape == (5, 1, 3, 3)
     torch.testing.assert_close(drawn[0], drawn[1], atol=0, rtol=0)
     assert not any(weight.requires_grad for weight in again.autoencoder.parameters())
+    with pytest.raises(ValueError, match="its prior is of latents"):
+        load_prior(tmp_path)
 
 
 def test_a_folder_that_is_no_latent_prior_says_what_is_wrong(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 posterior of z under r(decode(z)) is then like any other, its likelihood one of latents (`of_latents`).
 
 The autoencoder is variational, with one learned deviation for all pixels (Kingma & Welling 2014, arXiv 1312.6114;
-Rybkin et al. 2021, 2006.13202). On disk a latent prior is the folder of its prior, with `autoencoder.json` in plain
-words and the weights in `autoencoder.safetensors` beside it.
+Rybkin et al. 2021, 2006.13202). On disk a latent prior is a folder with `autoencoder.json` in plain words, the weights
+in `autoencoder.safetensors`, and the folder of the prior, `latents`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from headwater.diffusion.likelihoods import Likelihood, MeasurementLikelihood, Product, Tempered
 from headwater.diffusion.operators import Operator
-from headwater.diffusion.priors import Prior, build, load_prior, load_weights, read_settings, save_prior
+from headwater.diffusion.priors import AUTOENCODER, Prior, build, load_prior, load_weights, read_settings, save_prior
 from headwater.runs import atomic
 
-AUTOENCODER, AUTOENCODER_WEIGHTS = "autoencoder.json", "autoencoder.safetensors"
+AUTOENCODER_WEIGHTS, LATENTS = "autoencoder.safetensors", "latents"
 _FORMAT = "headwater.autoencoder.1"
 _LARGEST = 65_536
 """Of any size in settings: they may come from a file."""
@@ -115,7 +115,7 @@ class LatentPrior:
 
 def save_latent_prior(latent: LatentPrior, folder: Path) -> None:
     """Write the folder. Raises ValueError where `save_prior` does."""
-    save_prior(latent.prior, folder)
+    save_prior(latent.prior, folder / LATENTS)
     weights = {name: weight.detach().cpu().contiguous() for name, weight in latent.autoencoder.state_dict().items()}
     with atomic(folder / AUTOENCODER_WEIGHTS) as partial:
         save_file(weights, str(partial))
@@ -140,7 +140,7 @@ def load_latent_prior(path: str | Path) -> LatentPrior:
         autoencoder = build(file, "network", {"mlp": Autoencoder}, content.get("network"))
     load_weights(autoencoder, folder / AUTOENCODER_WEIGHTS)
     try:
-        return LatentPrior(load_prior(folder), autoencoder)
+        return LatentPrior(load_prior(folder / LATENTS), autoencoder)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
 

@@ -22,6 +22,8 @@ from headwater.diffusion.tokens import MaskedProcess, UniformProcess
 from headwater.runs import atomic
 
 SETTINGS, WEIGHTS, FOLDER = "prior.json", "model.safetensors", "prior"
+AUTOENCODER = "autoencoder.json"
+"""In a folder with it the prior is of latents: `latent.py`."""
 _FORMAT = "headwater.prior.1"
 _LARGEST_SETTINGS = 4_000_000
 _Built = TypeVar("_Built")
@@ -136,6 +138,8 @@ def load_prior(path: str | Path, n_steps: int = 0, eta: float = 1.0) -> Prior:
             if n_steps:
                 raise ValueError(f"n_steps = {n_steps}: the prior in {own} has its own number of steps")
             return _load_own(own)
+    if (folder / AUTOENCODER).is_file():
+        raise ValueError(f"{folder}: its prior is of latents: latent.load_latent_prior takes it")
     if (folder / "settings.toml").is_file():
         raise ValueError(f"{folder}: a run without {FOLDER}/{SETTINGS}: not of train prior, or it has not ended")
     from headwater.diffusion.diffusers_prior import load_pipeline

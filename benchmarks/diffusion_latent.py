@@ -89,6 +89,7 @@ def shared_mixture(weight: Tensor, mean: Tensor, width: float) -> GaussianMixtur
     return GaussianMixture(log_weight - log_weight.logsumexp(0), mean.double(), variance)
 
 
+@cache
 def linear(seed: int) -> Known:
     """20 Gaussians in 4 dimensions, of 16 pixels that depend linearly on them 3 are seen."""
     generator = torch.Generator().manual_seed(4)
@@ -116,6 +117,7 @@ def digits_latents() -> tuple[Autoencoder, GaussianMixture]:
     return autoencoder, shared_mixture(torch.ones(len(train)), autoencoder.encode(train.images)[0], 0.15)
 
 
+@cache
 def digits(seed: int) -> Known:
     """Of a digit the means of its four quarters are seen."""
     autoencoder, data = digits_latents()

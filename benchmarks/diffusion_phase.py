@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -77,6 +77,7 @@ def symmetric_prior(dimensions: int) -> GaussianMixture:
     return GaussianMixture(log_weight - log_weight.logsumexp(0), images.flatten(0, 1).double(), width)
 
 
+@cache
 def problem(dimensions: int, seed: int) -> Posterior:
     """With the measurement of a draw from the prior."""
     process = GaussianProcess.of((dimensions,), STEPS, "cosine", "velocity", "learned", final_noise=0.05)
@@ -88,7 +89,9 @@ def problem(dimensions: int, seed: int) -> Posterior:
     return Posterior(process, data, likelihood, climb_of(likelihood, data, WIDTH, 0.0 if dimensions == 2 else 1.0))
 
 
-def truth_of(posterior: Posterior, seed: int) -> Truth:
+@cache
+def truth_of(dimensions: int, seed: int) -> Truth:
+    posterior = problem(dimensions, seed)
     if posterior.data.dimensions == 2:
         return by_grid(posterior.log_density, -4.0, 4.0, 1600, 2, 20_000, seed)
     starts = torch.cat([posterior.data.mean.float(), posterior.ends.sample(64, torch.Generator().manual_seed(seed))])
@@ -121,7 +124,7 @@ def look(posterior: Posterior, x: Tensor, truth: Truth, seed: int) -> Figures:
 
 def trained(dimensions: int, seed: int) -> Figures:
     posterior, generator = problem(dimensions, seed), torch.Generator().manual_seed(seed)
-    truth, learned = truth_of(posterior, seed), learn(posterior, longer(RECIPE, ITERATIONS[dimensions]), seed)
+    truth, learned = truth_of(dimensions, seed), learn(posterior, longer(RECIPE, ITERATIONS[dimensions]), seed)
     drawn = draws(posterior, learned.denoiser, DRAWS, generator)
     found = estimates(posterior, learned.denoiser, drawn, truth.draws[:2000], generator)
     return {
@@ -141,7 +144,7 @@ def trained(dimensions: int, seed: int) -> Figures:
 def guided(dimensions: int, seed: int) -> Figures:
     """DPS at the step size that comes nearest to the exact draws, of those tried."""
     posterior = problem(dimensions, seed)
-    truth, best = truth_of(posterior, seed), None
+    truth, best = truth_of(dimensions, seed), None
     prior, tried = posterior.prior(), {}
     for scale in SCALES:
         generator = torch.Generator().manual_seed(seed)
@@ -158,7 +161,7 @@ def guided(dimensions: int, seed: int) -> Figures:
 
 def weighed(dimensions: int, seed: int, calls: int) -> Figures:
     posterior, generator = problem(dimensions, seed), torch.Generator().manual_seed(seed)
-    truth = truth_of(posterior, seed)
+    truth = truth_of(dimensions, seed)
     x, found = resampled(posterior, calls, DRAWS, generator)
     away = {"log_z_away": found.log_z - truth.log_z, "reward_calls": min(calls, MOST_RESAMPLED)}
     return dict(found.figures()) | away | look(posterior, x, truth, seed)

@@ -110,7 +110,7 @@ def test_images_of_an_object_measure_alike_so_that_a_posterior_keeps_the_priors_
     for image in (-x, x.flip(1), -x.flip(1)):
         expected = posterior.likelihood.log_prob(x, empty)
         torch.testing.assert_close(posterior.likelihood.log_prob(image, empty), expected, rtol=1e-3, atol=1e-2)
-    truth = diffusion_phase.truth_of(posterior, 0)
+    truth = diffusion_phase.truth_of(dimensions, 0)
     masses = posterior.ends.responsibilities(truth.draws).mean(0).view(-1, 4).sum(0)
     torch.testing.assert_close(masses, diffusion_phase.SHARES, atol=0.02, rtol=0)
 

@@ -93,7 +93,7 @@ def problem(dimensions: int, seed: int) -> Posterior:
 def truth_of(dimensions: int, seed: int) -> Truth:
     posterior = problem(dimensions, seed)
     if posterior.data.dimensions == 2:
-        return by_grid(posterior.log_density, -4.0, 4.0, 1600, 2, 20_000, seed)
+        return by_grid(posterior.log_density, -4.0, 4.0, 800, 2, 20_000, seed)
     starts = torch.cat([posterior.data.mean.float(), posterior.ends.sample(64, torch.Generator().manual_seed(seed))])
     return by_modes(posterior.log_density, starts, 200_000, 20_000, seed)
 

@@ -86,7 +86,7 @@ def problem(dimensions: int, seed: int) -> Posterior:
     truth = data.noised(process.alphas[-1], process.sigmas[-1]).sample(1, generator)
     y = GaussianLikelihood(operator, DEVIATION).draw(truth, generator)
     likelihood = GaussianLikelihood(operator, DEVIATION, y)
-    return Posterior(process, data, likelihood, climb_of(likelihood, data, WIDTH, 0.0 if dimensions == 2 else 1.0))
+    return Posterior(process, data, likelihood, climb_of(likelihood, data, WIDTH, 0.0))
 
 
 @cache

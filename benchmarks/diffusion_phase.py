@@ -53,7 +53,7 @@ DEVIATION, WIDTH = 0.1, 0.2
 DRAWS = 4000
 STEPS = 20
 """Of a chain: those of the prior then give its components their weights to 0.02."""
-SCALES = (0.1, 0.3, 1.0)
+SCALES = (0.1, 0.3, 1.0, 3.0)
 ITERATIONS = {2: 400, 16: 600}
 RECIPE = Recipe(
     objective=Objective("tb", penalty="huber"),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from headwater import jobs
 from headwater.diffusion.adapters import Adapter
+from headwater.diffusion.amortized_recipe import AmortizedRecipe
 from headwater.diffusion.baselines import draw_by
 from headwater.diffusion.chains import GaussianChain, QuadraticReward
 from headwater.diffusion.denoisers import ResidualMLP, TokenTransformer
@@ -268,6 +269,48 @@ def test_the_report_says_when_training_was_not_needed() -> None:
     assert any("needs no training" in one for one in needless)
     assert not any("heavy tail" in one for one in needless)
     assert any("heavy tail" in one for one in findings_of(figures | {"pareto_k": 0.9}).verdict)
+
+
+def test_one_sampler_learns_the_posteriors_of_all_measurements(prior: Path, tmp_path: Path) -> None:
+    recipe = AmortizedRecipe(
+        prior=prior, operator=UPPER, likelihood=LikelihoodSettings(noise=0.1), simulations=2000, baselines=(),
+        training=Training(iterations=300, batch_size=64, group_size=4, learning_rate=3e-3, log_every=50),
+    )  # fmt: skip
+    jobs.train(recipe, "amortized", tmp_path / "run", progress_bar=False)
+    figures = Run.open(tmp_path / "run").evaluation()
+    assert float(str(figures["mean_effective_sample_size"])) > 0.8
+    assert float(str(figures["mean_gap"])) < 0.1
+    assert float(str(figures["coverage_largest"])) < 2 * float(str(figures["coverage_largest_expected"]))
+    assert "coverage_of_90" in figures  # of the simulated object that the samples are asked about
+    sampler = Sampler.load(tmp_path / "run")
+    for seen in (-0.3, 0.4):
+        samples = sampler.sample(1000, condition=[seen])
+        weight = samples.log_reward - samples.log_prob
+        assert np.log(np.exp(weight).mean()) == pytest.approx(chain_of(seen).log_z, abs=0.1)
+
+
+def test_a_sampler_of_all_measurements_can_be_asked_for_one_that_was_made(tmp_path: Path) -> None:
+    save_prior(blank_prior((2,), Units(5.0, 2.0)), tmp_path / "prior")
+    recipe = AmortizedRecipe(
+        prior=tmp_path / "prior", operator=UPPER, measurement=measured(tmp_path, [6.0]), simulations=10,
+        likelihood=LikelihoodSettings(noise=0.5),
+    )  # fmt: skip
+    objects = torch.tensor([[0.5, 9.0]])  # its first value is 6 in the data's units
+    expected = torch.distributions.Normal(6.0, 0.5).log_prob(torch.tensor([6.0]))
+    torch.testing.assert_close(recipe.problem().reward(objects, recipe.default_condition()), expected)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"training": Training()}, "training.group_size = 1"),
+        ({"simulations": 0}, "simulations = 0"),
+        ({"likelihood": LikelihoodSettings(beta=2.0)}, "likelihood.beta"),
+    ],
+)
+def test_what_does_not_go_with_all_measurements_is_refused(prior: Path, wrong: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        AmortizedRecipe(**{"prior": prior, "operator": UPPER, **wrong})  # type: ignore[arg-type]
 
 
 def test_a_stopped_run_is_resumed_to_the_same_weights(prior: Path, tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from headwater.diffusion.denoisers import Denoiser
 from headwater.diffusion.process import BrownianProcess, GaussianProcess, Process
 
 _MOST_NUMBERS = 1 << 21  # of rows times components times dimensions, held at once
@@ -247,7 +248,7 @@ class GaussianMixture:
         return matrix.double()
 
 
-class MixtureDenoiser(nn.Module):
+class MixtureDenoiser(Denoiser):
     """The closed-form denoiser of a mixture on a process, in the process' own parametrisation.
 
     On a Brownian process its prediction is the drift (E[x | x_t] - x_t) / (1 - t) of the motion conditioned to end in

@@ -83,12 +83,12 @@ class PosteriorRecipe(Recipe):
     pseudo-inverse."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
-    objective: Objective = field(default_factory=lambda: Objective("vargrad"))
+    objective: Objective = field(default_factory=lambda: Objective("tb", penalty="huber"))
     """What to balance."""
     training: Training = field(
         default_factory=lambda: Training(
-            iterations=2000, batch_size=32, replayed=96, warm_up=2000, replay_backward=True, learning_rate=1e-3,
-            clip_gradient=1.0, log_every=20, evaluate_every=500, checkpoint_every=500,
+            iterations=1000, batch_size=128, replayed=64, warm_up=2000, replay_backward=True, learning_rate=3e-3,
+            log_z_learning_rate=0.5, schedule="cosine", log_every=20, evaluate_every=200, checkpoint_every=200,
         )
     )  # fmt: skip
     """How long and how fast to learn. The replay is warmed up with draws of the prior."""
@@ -154,6 +154,11 @@ class PosteriorRecipe(Recipe):
         if len(y) > 1:
             raise ValueError(f"{self.measurement}: holds {len(y)} measurements, a posterior is of one")
         return y
+
+    @property
+    def shown_measurement(self) -> Tensor | None:
+        """What the samples are of."""
+        return self.y
 
     @cached_property
     def measured(self) -> Measured | None:

@@ -42,6 +42,14 @@ _TERMS = {
     "coverage_of_90": Term("Coverage of 90 % intervals", "Share of the truth's values in the central 90 % of draws."),
     "error_of_mean": Term("Error of the mean", "Root mean square from the truth, in the units of the data."),
     "posterior_deviation": Term("Deviation of the draws", "Root mean square over values; to compare with that error."),
+    "measurements": Term("Simulated measurements", "That were not learned from; the figures below are over them."),
+    "coverage_largest": Term(
+        "Largest error of coverage",
+        "Of balls around random draws, over all levels (TARP); to be read against its mean.",
+    ),
+    "coverage_largest_expected": Term("Its mean", "For a perfect sampler, with so many measurements."),
+    "mean_gap": Term("Gap of log Z", "Reweighted less lower bound, in nats, mean over measurements; 0 is perfect."),
+    "mean_effective_sample_size": Term("Mean effective sample size", "Share of draws, mean over measurements."),
     "sliced_wasserstein_floor": Term("Sliced Wasserstein floor", "Between two sets of 256 of the reweighted draws."),
     "resampling_reward_calls": Term("Draws of the prior, resampled", "As many as training asked for, up to 50,000."),
     "resampling_log_z": Term("Their log Z", "Log of the prior's mean reward."),
@@ -82,6 +90,11 @@ def findings_of(figures: Mapping[str, object]) -> Findings:
                 figures, "importance resampling of {:,} draws of the prior: {:.1f} effective draws, log Z {:.3f}",
                 "resampling_reward_calls", "resampling_effective_draws", "resampling_log_z",
             ),
+            *line(
+                figures, "over {:,} measurements: effective sample size {:.3f}, largest error of coverage {:.3f}; of a "
+                "perfect sampler {:.3f}",
+                "measurements", "mean_effective_sample_size", "coverage_largest", "coverage_largest_expected",
+            ),
             *line(figures, "90 % intervals hold {:.3f} of the truth's values", "coverage_of_90"),
         ],
         verdict=_verdict(figures),
@@ -92,6 +105,7 @@ def findings_of(figures: Mapping[str, object]) -> Findings:
                 ("effective_sample_size", "Effective sample size", "of a draw; 1 is perfect"),
                 ("chi_squared", "Squared residual", "over noise, a measured value"),
                 ("coverage_of_90", "Coverage", "of 90 % intervals"),
+                ("coverage_largest", "Error of coverage", _beside(figures)),
             )
             if name in figures and math.isfinite(as_float(figures[name]))
         ],
@@ -102,6 +116,10 @@ def findings_of(figures: Mapping[str, object]) -> Findings:
 def _between(figures: Mapping[str, object]) -> str:
     low, high = as_float(figures.get("elbo")), as_float(figures.get("eubo"))
     return f"bounds {low:.2f} and {high:.2f}" if math.isfinite(low) and math.isfinite(high) else "estimated"
+
+
+def _beside(figures: Mapping[str, object]) -> str:
+    return f"largest; {as_float(figures.get('coverage_largest_expected')):.3f} for a perfect sampler"
 
 
 def _verdict(figures: Mapping[str, object]) -> list[str]:

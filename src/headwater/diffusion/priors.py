@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from headwater.diffusion.denoisers import Denoiser, Network, ResidualMLP, TokenTransformer
 from headwater.diffusion.process import BrownianProcess, GaussianProcess, Process
-from headwater.diffusion.tokens import MaskedProcess, UniformProcess
+from headwater.diffusion.tokens import MaskedProcess, OneByOneProcess, UniformProcess
 from headwater.runs import atomic
 
 SETTINGS, WEIGHTS, FOLDER = "prior.json", "model.safetensors", "prior"
@@ -32,6 +32,7 @@ _PROCESSES: dict[str, type[Process]] = {
     "gaussian": GaussianProcess,
     "brownian": BrownianProcess,
     "masked": MaskedProcess,
+    "one-by-one": OneByOneProcess,
     "uniform": UniformProcess,
 }
 

@@ -115,6 +115,7 @@ def test_a_run_of_images_leaves_arrays_and_a_report_behind_and_keeps_its_prior(i
     assert drawn.shape == (20, 1, 4, 4)
     np.testing.assert_allclose(np.load(folder / "mean.npy"), drawn.mean(0), atol=1e-6)
     np.testing.assert_allclose(np.load(folder / "deviation.npy"), drawn.std(0), atol=1e-6)
+    assert all((folder / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in ("samples", "mean"))
     figures = json.loads((folder / "evaluation.json").read_text())
     assert {one["name"] for one in figures["baselines"]} == {"resampling", "twisted-smc", "dps"}
     assert {"coverage_of_90", "error_of_mean", "chi_squared"} <= figures.keys()

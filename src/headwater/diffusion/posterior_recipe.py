@@ -26,6 +26,7 @@ from headwater.diffusion.likelihoods import Likelihood, MeasurementLikelihood, r
 from headwater.diffusion.measurements import read_array, read_measurements
 from headwater.diffusion.operator_settings import OperatorSettings, operator_of
 from headwater.diffusion.operators import Operator
+from headwater.diffusion.pictures import is_image, png_of
 from headwater.diffusion.policy import DiffusionPolicy
 from headwater.diffusion.posterior_evaluation import evaluate
 from headwater.diffusion.posterior_report import Seen, findings_of, report_sections
@@ -38,12 +39,15 @@ from headwater.policies.base import Policy
 from headwater.recipes.base import Problem, Recipe, device_named
 from headwater.replay import ReplaySettings
 from headwater.report import Findings, Section
-from headwater.runs import INPUTS, Run, Samples
+from headwater.runs import INPUTS, Run, Samples, atomic
 from headwater.sampler import Sampler
 from headwater.training import ExplorationSettings, Sharpness, Training
 
 _TRIED = 256
 """Draws of the prior on which the likelihood is tried before there is a run."""
+
+
+_PICTURED = 64
 
 
 @dataclass(frozen=True)
@@ -286,7 +290,7 @@ class PosteriorRecipe(Recipe):
         return numbers_of(samples.objects, self.shape, self._tokens, self.given.alphabet)
 
     def write_samples(self, run: Run, samples: Samples) -> list[Path]:
-        """Write samples.npy; of numbers also mean.npy and deviation.npy, and of images samples.png."""
+        """Write samples.npy; of numbers also mean.npy and deviation.npy, of images samples.png and mean.png."""
         values = self.drawn(samples)
         files = [write_array(run.folder / "samples.npy", values)]
         if not self._tokens:
@@ -294,6 +298,12 @@ class PosteriorRecipe(Recipe):
                 write_array(run.folder / "mean.npy", values.mean(0)),
                 write_array(run.folder / "deviation.npy", values.std(0)),
             ]
+        if is_image(self.shape):
+            low, high = (float(value) for value in np.quantile(values.astype(np.float64), [0.001, 0.999]))
+            for name, shown in (("samples", values[:_PICTURED]), ("mean", values.mean(0, keepdims=True))):
+                files.append(run.folder / f"{name}.png")
+                with atomic(files[-1]) as partial:
+                    partial.write_bytes(png_of(shown, low, high))
         return files
 
     def sections(self, run: Run, policy: Policy) -> list[Section]:

@@ -20,6 +20,7 @@ from headwater.diffusion.amortized_recipe import AmortizedRecipe
 from headwater.diffusion.baselines import draw_by
 from headwater.diffusion.chains import GaussianChain, QuadraticReward
 from headwater.diffusion.denoisers import ResidualMLP, TokenTransformer
+from headwater.diffusion.digits_recipe import DigitsRecipe
 from headwater.diffusion.latent import Autoencoder, LatentPrior, save_latent_prior
 from headwater.diffusion.likelihood_settings import LikelihoodSettings
 from headwater.diffusion.operator_settings import OperatorSettings
@@ -29,11 +30,12 @@ from headwater.diffusion.priors import Prior, Units, save_prior
 from headwater.diffusion.process import GaussianProcess
 from headwater.diffusion.tokens import MaskedProcess
 from headwater.objectives import Objective
+from headwater.recipes.base import Recipe
 from headwater.replay import ReplaySettings
 from headwater.reward_worker import RewardError
 from headwater.runs import Run
 from headwater.sampler import Sampler
-from headwater.training import Sharpness, Training
+from headwater.training import ExplorationSettings, Sharpness, Training
 from helpers import seeded
 
 SHORT = Training(iterations=4, batch_size=8, replayed=8, warm_up=16, replay_backward=True, log_every=2)
@@ -350,3 +352,35 @@ def test_a_stopped_run_is_resumed_to_the_same_weights(prior: Path, tmp_path: Pat
     assert resumed is not None
     for name, tensor in whole.tensors["policy"].items():
         assert torch.equal(tensor, resumed.tensors["policy"][name])
+
+
+def test_the_digits_recipe_makes_its_prior_and_its_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
+    made: list[Training] = []
+    train = jobs.train
+
+    def shortened(recipe: Recipe, name: str, folder: Path, *rest: object) -> object:
+        made.append(recipe.training)
+        few = replace(recipe.training, iterations=4, batch_size=8)
+        short = replace(recipe, training=few, samples=4, exploration=ExplorationSettings(epsilon=0.0))
+        return train(short, name, folder, progress_bar=False)
+
+    recipe = DigitsRecipe(training=replace(SHORT, replayed=0, warm_up=0), samples=4, baselines=())
+    monkeypatch.setattr(jobs, "train", shortened)
+    prepared = recipe.prepared(tmp_path / "run")
+    monkeypatch.undo()
+    assert made[0].iterations == 3000
+    jobs.train(prepared, "digits", tmp_path / "run", progress_bar=False)
+    run = Run.open(tmp_path / "run")
+    assert str(run.settings["prior"]) == "inputs/prior"
+    assert np.load(run.folder / "inputs" / "measurement.npy").shape == (32,)
+    assert "coverage_of_90" in run.evaluation()
+    assert (run.folder / "inputs" / "prior" / "report.html").is_file()
+    assert len(Sampler.load(run.folder).sample(3).objects) == 3
+
+
+def test_the_digits_recipe_knows_its_images() -> None:
+    with pytest.raises(ValueError, match="digit = 450"):
+        DigitsRecipe(digit=450)
+    with pytest.raises(ValueError, match="prior_iterations = 10"):
+        DigitsRecipe(prior_iterations=10)

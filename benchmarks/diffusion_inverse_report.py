@@ -235,7 +235,7 @@ def visibilities(rows: list[Figures]) -> list[str]:
 def picture(rows: list[Figures], path: Path) -> None:
     """The first measurement of each kind: a few kB."""
     ours = [row for row in rows if row["sampler"] == "trained" and row["seed"] == 0]
-    figure, axes = plt.subplots(len(ours), 9, figsize=(9, 1.15 * len(ours)), squeeze=False)
+    figure, axes = plt.subplots(len(ours), 9, figsize=(9, 1.3 * len(ours)), squeeze=False)
     for line, row in zip(axes, ours, strict=True):
         shown = json.loads(json.dumps(row["pictures"]))
         brightness = [shown["truth"], *shown["samples"], shown["mean"], shown["exact mean"]]

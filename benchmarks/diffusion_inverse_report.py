@@ -42,7 +42,7 @@ The sampler is trained for one measurement by relative trajectory balance on the
 steps, with the gradient of log r at the predicted data as an input. DPS has the step size of those tried that comes
 nearest to the exact draws by sliced Wasserstein distance, which no user could know. Resampling weighs 300,000 exact
 draws of the prior. Chains weighted: the sampler's own draws resampled by the weights of their chains. A cell is the
-mean over measurements with its 95 % interval."""
+mean over n measurements, with its 95 % interval if n > 1."""
 PHASE_DPS = """\
 - DPS does not collapse to one of the modes, as it was expected to: each chain takes one, but chains start anywhere,
   and the prior leads as many to each as it should. Its error is in the widths, the components and, in 16 dimensions,
@@ -58,8 +58,8 @@ LATENT_SAMPLERS = """\
 Latent DPS is `guidance.dps` with the decoder in the likelihood, at the step size of least total variation of those
 tried, which no user could know. The sampler is trained for one measurement by relative trajectory balance on the
 prior's closed form, chains of 20 steps. Resampling weighs 300,000 exact draws of the prior; in so few dimensions it
-is right, and cheap: these problems are here since their truth is known. A cell is the mean over measurements with its
-95 % interval."""
+is right, and cheap: these problems are here since their truth is known. A cell is the mean over n measurements,
+with its 95 % interval if n > 1."""
 ARRAY_PROBLEM = """\
 Five stations make 10 baselines, and 10 hours 100 points (u, v) of the Fourier transform of an 8 x 8 image, by direct
 sums (`transforms.Fourier`); each part of a visibility has noise of deviation 2.5, beside visibilities of 0.3 to 30.
@@ -74,8 +74,8 @@ itself. The sampler is trained for one measurement by relative trajectory balanc
 step that Bayes' rule says of one Gaussian (pseudo-inverse guidance) on. DPS has the step size of those tried that is
 nearest to the exact draws by sliced Wasserstein distance. Resampling weighs 300,000 exact draws of the prior.
 Coverage: 2,000 draws of the exact posterior in the place of truths, each against 64 of the sampler's, by balls around
-other exact draws (TARP); the largest difference from the level. A cell is the mean over measurements with its 95 %
-interval."""
+other exact draws (TARP); the largest difference from the level. A cell is the mean over n measurements, with its
+95 % interval if n > 1."""
 ARRAY_PICTURE = """\
 ![Truth, samples, their mean and deviation, and those of exact draws](diffusion-visibilities.png)"""
 ARRAY_CAPTION = """\

@@ -49,8 +49,8 @@ PHASE_DPS = """\
   components (total variation) and the distances.
 - In 16 dimensions the trained sampler's masses are off by more than those of DPS, and its distance is larger: 600
   updates are too few for its modes to agree on log Z. Its reweighted log Z is off by 0.13, where that of resampling the
-  prior is off by 0.97. Starting from the full step of `Climb` in the place of the prior made it worse: a mass was off by
-  0.19."""
+  prior is off by 0.97. Starting from the full step of `Climb` in the place of the prior made it worse: a mass was
+  off by 0.19."""
 LATENT_PROBLEM = """\
 A prior draws latents z, a decoder makes the object, and p(z | y) ∝ p(z) p(y | decode(z)) is wanted. *linear*: a
 random linear decoder from 4 numbers to 16 of which 3 are measured with noise 0.3, and a mixture of 20 Gaussians as
@@ -79,8 +79,8 @@ step that Bayes' rule says of one Gaussian (pseudo-inverse guidance) on. DPS has
 nearest to the exact draws by sliced Wasserstein distance. Resampling weighs 300,000 exact draws of the prior.
 Coverage: 2,000 draws of the exact posterior in the place of truths, each against 64 of the sampler's, by balls around
 other exact draws (TARP); the largest difference from the level. With 20 steps in the place of 30, coverage of the
-first measurement by complex visibilities was off by 0.052, and log Z by -0.19: what is left of this is the chain's. A cell is the mean over n measurements, with its
-95 % interval if n > 1."""
+first measurement by complex visibilities was off by 0.052, and log Z by -0.19: what is left of this is the chain's. A
+cell is the mean over n measurements, with its 95 % interval if n > 1."""
 ARRAY_PICTURE = """\
 ![Truth, samples, their mean and deviation, and those of exact draws](diffusion-visibilities.png)"""
 ARRAY_CAPTION = """\

@@ -66,7 +66,7 @@ RECIPE = Recipe(
 
 RECIPES = {
     "complex": RECIPE,
-    "amplitudes": replace(RECIPE, training=replace(RECIPE.training, learning_rate=5e-4)),
+    "amplitudes": replace(RECIPE, training=replace(RECIPE.training, iterations=120)),
 }
 
 

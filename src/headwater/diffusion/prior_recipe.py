@@ -312,7 +312,8 @@ class PriorRecipe(Recipe):
 
     def text(self, objects: Objects) -> list[str]:
         assert isinstance(objects, Tensor)
-        return text_of(objects, self.read.units, self.read.alphabet)
+        own = objects if self.read.is_tokens else self.read.units.of_data(objects.cpu())
+        return text_of(own, self.read.alphabet)
 
     def drawn(self, samples: Samples) -> NDArray[np.generic]:
         """The samples as numbers in the units of the data, `[N, *shape]`; tokens as whole numbers."""

@@ -220,12 +220,12 @@ def number(value: object) -> float:
 
 
 def table(rows: list[Figures], by: tuple[str, ...], columns: dict[str, str]) -> list[str]:
-    """Lines of Markdown: one row for each setting of the figures `by`, in their order, with the mean and the interval
-    of each column over what is alike."""
+    """Lines of Markdown: one row for each setting of the figures `by`, in their order, with how many rows there are of
+    it, n, and the mean and the interval of each column over these."""
     groups = list(dict.fromkeys(tuple(row[name] for name in by) for row in rows))
-    lines = ["| " + " | ".join([*by, *columns.values()]) + " |", "|---" * (len(by) + len(columns)) + "|"]
+    lines = ["| " + " | ".join([*by, "n", *columns.values()]) + " |", "|---" * (len(by) + 1 + len(columns)) + "|"]
     for group in groups:
         some = [row for row in rows if tuple(row[name] for name in by) == group]
         cells = [interval(number(row[name]) for row in some if row.get(name) is not None) for name in columns]
-        lines.append("| " + " | ".join([*map(str, group), *cells]) + " |")
+        lines.append("| " + " | ".join([*map(str, group), str(len(some)), *cells]) + " |")
     return lines

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -63,6 +63,11 @@ RECIPE = Recipe(
     training=Training(iterations=350, batch_size=128, learning_rate=1e-3, schedule="cosine"),
     exploration=ExplorationSettings(epsilon=0.0, average=0.98),
 )
+
+RECIPES = {
+    "complex": RECIPE,
+    "amplitudes": replace(RECIPE, training=replace(RECIPE.training, iterations=120)),
+}
 
 
 def baselines() -> Tensor:
@@ -139,15 +144,16 @@ def problem(kind: str, seed: int) -> tuple[Posterior, Tensor]:
     """The posterior of z, and the truth that was measured, `[1, 64]`."""
     seen, random = array(), torch.Generator().manual_seed(1000 + seed)
     process = GaussianProcess.of((SIDE**2,), STEPS, "cosine", "velocity", "learned", final_noise=0.05)
-    operator = (Matrix if kind == "complex" else _amplitudes)((SIDE**2,), seen.visibilities)
+    whole = Matrix((SIDE**2,), seen.visibilities)
+    operator = whole if kind == "complex" else Amplitudes(seen.visibilities)
     truth = seen.prior.noised(process.alphas[-1], process.sigmas[-1]).sample(1, random)
     y = GaussianLikelihood(operator, NOISE).draw(seen.images(truth), random)
-    likelihood = of_latents(GaussianLikelihood(operator, NOISE, y), seen.images, (SIDE**2,))
-    return Posterior(process, seen.prior, likelihood, climb_of(likelihood, seen.prior)), truth
-
-
-def _amplitudes(shape: tuple[int, ...], matrix: Tensor) -> Operator:
-    return Amplitudes(matrix)
+    likelihood, steepest = (
+        of_latents(each, seen.images, (SIDE**2,))
+        for each in (GaussianLikelihood(operator, NOISE, y), GaussianLikelihood(whole, NOISE))
+    )
+    # an amplitude changes at most as its visibility does: a smaller curvature would let steps go too far
+    return Posterior(process, seen.prior, likelihood, climb_of(steepest, seen.prior)), truth
 
 
 @cache
@@ -209,7 +215,7 @@ def chi_squared(posterior: Posterior, x: Tensor) -> float:
 
 def trained(kind: str, seed: int) -> Figures:
     (posterior, z), generator = problem(kind, seed), torch.Generator().manual_seed(seed)
-    truth, learned = truth_of(kind, seed), learn(posterior, RECIPE, seed)
+    truth, learned = truth_of(kind, seed), learn(posterior, RECIPES[kind], seed)
     drawn = draws(posterior, learned.denoiser, DRAWS, generator)
     found = estimates(posterior, learned.denoiser, drawn, truth.draws[:2000], generator)
     images, exact = (array().images(points) for points in (drawn.objects, truth.draws))

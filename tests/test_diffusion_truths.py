@@ -155,5 +155,5 @@ def test_rows_are_made_once_and_a_table_shows_their_mean_and_interval(tmp_path: 
         ]
     assert made == [1.0, 2.0]
     assert json.loads(output.read_text())["rows"] == rows
-    assert table(rows, ("sampler",), {"error": "off by", "absent": "none"})[2] == "| x | 1.5 ± 6.4 |  |"
+    assert table(rows, ("sampler",), {"error": "off by", "absent": "none"})[2] == "| x | 2 | 1.5 ± 6.4 |  |"
     assert interval([2.0]) == "2"

@@ -362,7 +362,17 @@ the noising process: a bound as far as that is the reversal of the learned chain
 the pixels' own; "truth within 90 %" is the share of pixels whose central interval of draws holds the truth, of a right
 sampler 0.9 in the mean over many measurements.
 """
-GOALS = ""
+GOALS = """The upper bound of draws walked back lies below the reweighted log Z itself: it is none here, since the
+noising process is not the reversal of a learned chain of 20 steps. The other is the mean of the sampler's log-weights
+under its own weights, an upper bound as far as it misses nothing.
+
+Goal: bounds within 1 nat of each other. Just missed by super-resolution (1.01), missed by the others (2.1, 2.0) after
+800 updates of 64 chains, about 65 CPU seconds. Two ways that share nothing agree on log Z: the trained sampler,
+reweighted, is within 0.07 of twisted SMC, whose two runs differ by up to as much as they do from it. Its draws without
+weights are at the floor of sliced Wasserstein distance, or near it, where guidance without training is not, and
+importance resampling is left with 3 to 9 effective draws of 27,600 where half of the image is hidden or all of it
+blurred. One measurement and one seed each.
+"""
 
 
 if __name__ == "__main__":

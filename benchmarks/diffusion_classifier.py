@@ -370,9 +370,9 @@ weighed. Digits are told by the prior's own responsibilities; "digits, effective
 their shares. Discrepancy is the squared maximum mean discrepancy from exact draws (it may fall below 0). The trained
 samplers start as DPS with a factor that is learned, and a network that adds to it.
 """
-GOALS = """Goals: mean log r within 0.05 of exact, and of the even digits each share within 0.05. Both missed by relative
-trajectory balance at this length, 1,000 updates of 64 chains and about 90 CPU seconds: too many of its draws are still
-other digits. Training has brought the lower bound nearer to log Z by 8 and 5 nats from where it starts, and had not
+GOALS = """Goals: mean log r within 0.05 of exact, and of the even digits each share within 0.05. Both missed by
+relative trajectory balance at this length, 1,000 updates of 64 chains and about 90 CPU seconds: too many of its draws are
+still other digits. Training has brought the lower bound nearer to log Z by 8 and 5 nats from where it starts, and had not
 ended; its weights are right already (log Z, reweighted, within 0.07 and 0.005), so its draws can be reweighted. DPS has
 the mean log r within 0.05 and the even shares off by 0.08, LGD-MC these within 0.03 and the mean log r off by 0.26;
 neither has weights. Where the prior's draws are kept as often as here, one in ten or more, resampling 2,000 of them is

@@ -371,15 +371,15 @@ their shares. Discrepancy is the squared maximum mean discrepancy from exact dra
 samplers start as DPS with a factor that is learned, and a network that adds to it.
 """
 GOALS = """Goals: mean log r within 0.05 of exact, and of the even digits each share within 0.05. Both missed by
-relative trajectory balance at this length, 1,000 updates of 64 chains and about 90 CPU seconds: too many of its draws are
-still other digits. Training has brought the lower bound nearer to log Z by 8 and 5 nats from where it starts, and had not
-ended; its weights are right already (log Z, reweighted, within 0.07 and 0.005), so its draws can be reweighted. DPS has
-the mean log r within 0.05 and the even shares off by 0.08, LGD-MC these within 0.03 and the mean log r off by 0.26;
-neither has weights. Where the prior's draws are kept as often as here, one in ten or more, resampling 2,000 of them is
-better than all of these and needs no training: a classifier's probability of a digit is too easy a reward to need more.
-REINFORCE with a hundredth of the divergence's weight, which leaves the reward alone to count, does not even collapse:
-with variances that it may learn its loss is not finite after 82 updates. One seed each; the even digits with the
-maximum of the probabilities, not with their sum.
+relative trajectory balance at this length, 1,000 updates of 64 chains and about 90 CPU seconds: too many of its draws
+are still other digits. Training has brought the lower bound nearer to log Z by 8 and 5 nats from where it starts, and
+had not ended; its weights are right already (log Z, reweighted, within 0.07 and 0.005), so its draws can be
+reweighted. DPS has the mean log r within 0.05 and the even shares off by 0.08, LGD-MC these within 0.03 and the mean
+log r off by 0.26; neither has weights. Where the prior's draws are kept as often as here, one in ten or more,
+resampling 2,000 of them is better than all of these and needs no training: a classifier's probability of a digit is
+too easy a reward to need more. REINFORCE with a hundredth of the divergence's weight, which leaves the reward alone
+to count, does not even collapse: with variances that it may learn its loss is not finite after 82 updates. One seed
+each; the even digits with the maximum of the probabilities, not with their sum.
 """
 
 

@@ -35,7 +35,7 @@ from headwater.diffusion.policy import DiffusionPolicy
 from headwater.diffusion.process import GaussianProcess
 from headwater.objectives import Objective
 from headwater.replay import ReplaySettings
-from headwater.training import ExplorationSettings, Sharpness, Trainer, Training
+from headwater.training import ExplorationSettings, NonFiniteLoss, Sharpness, Trainer, Training
 
 RESULTS = Path(__file__).parent / "results"
 STEPS, IMAGES = 20, 150
@@ -236,7 +236,10 @@ def trained(here: World, task: Task, seed: int, iterations: int, objective: str)
         ExplorationSettings(epsilon=0.0, average=0.98), ReplaySettings(rule="uniform", capacity=5000), seed,
         sharpness=Sharpness(0.01) if objective == "reward alone" else None,
     )  # fmt: skip
-    run_to_the_end(trainer)
+    try:
+        run_to_the_end(trainer)
+    except NonFiniteLoss:
+        return {"cpu_seconds": time.process_time() - began, "diverged_at": trainer.iteration}
     sampler = trainer.sampler
     assert isinstance(sampler, DiffusionPolicy)
     seconds = time.process_time() - began
@@ -325,7 +328,7 @@ COLUMNS = {
     "shares_total_variation": "shares' total variation",
     "digits": "digits, effectively", "discrepancy": "mean discrepancy", "diversity": "mean distance of two",
     "log_z": "log Z, reweighted", "lower": "lower bound", "effective_sample_size": "ESS of 2,000",
-    "reward_calls": "reward calls", "cpu_seconds": "CPU s",
+    "reward_calls": "reward calls", "cpu_seconds": "CPU s", "diverged_at": "diverged at update",
 }  # fmt: skip
 """Of the tables."""
 
@@ -367,7 +370,17 @@ weighed. Digits are told by the prior's own responsibilities; "digits, effective
 their shares. Discrepancy is the squared maximum mean discrepancy from exact draws (it may fall below 0). The trained
 samplers start as DPS with a factor that is learned, and a network that adds to it.
 """
-GOALS = ""
+GOALS = """Goals: mean log r within 0.05 of exact, and of the even digits each share within 0.05. Both missed by
+relative trajectory balance at this length, 1,000 updates of 64 chains and about 90 CPU seconds: too many of its draws
+are still other digits. Training has brought the lower bound nearer to log Z by 8 and 5 nats from where it starts, and
+had not ended; its weights are right already (log Z, reweighted, within 0.07 and 0.005), so its draws can be
+reweighted. DPS has the mean log r within 0.05 and the even shares off by 0.08, LGD-MC these within 0.03 and the mean
+log r off by 0.26; neither has weights. Where the prior's draws are kept as often as here, one in ten or more,
+resampling 2,000 of them is better than all of these and needs no training: a classifier's probability of a digit is
+too easy a reward to need more. REINFORCE with a hundredth of the divergence's weight, which leaves the reward alone
+to count, does not even collapse: with variances that it may learn its loss is not finite after 82 updates. One seed
+each; the even digits with the maximum of the probabilities, not with their sum.
+"""
 
 
 if __name__ == "__main__":

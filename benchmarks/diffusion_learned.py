@@ -362,7 +362,18 @@ the noising process: a bound as far as that is the reversal of the learned chain
 the pixels' own; "truth within 90 %" is the share of pixels whose central interval of draws holds the truth, of a right
 sampler 0.9 in the mean over many measurements.
 """
-GOALS = ""
+GOALS = """The upper bound of draws walked back lies below the reweighted log Z itself: it is none here, since the
+noising process is not the reversal of a learned chain of 20 steps. The other is the mean of the sampler's log-weights
+under its own weights, an upper bound as far as it misses nothing.
+
+Goal: bounds within 1 nat of each other. Just missed by super-resolution (1.01), missed by the others (2.1, 2.0) after
+800 updates of 64 chains, about 65 CPU seconds. The estimates of log Z agree: the trained sampler, reweighted, is within
+0.07 of twisted SMC, whose own two runs differ by 0.01 to 0.24. Its draws, without weights, are at the floor of sliced
+Wasserstein distance or near it, where guidance without training is not; importance resampling is left with 3 to 9
+effective draws where half of the image is hidden or all of it blurred, and does well enough under super-resolution.
+Of a single linear measurement, as here, twisted SMC with a guess that is wide enough is as good in 5 to 8 CPU seconds:
+what is trained pays where many draws or many measurements are asked for. One measurement and one seed each.
+"""
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class Rows:
         for row in self.rows:
             if all(row.get(name) == value for name, value in key.items()):
                 return row
-        row = key | figures()
+        row = {name: None if _is_nan(value) else value for name, value in (key | figures()).items()}
         self.rows.append(row)
         content = {"provenance": provenance(self.command), "load": load(), "rows": self.rows}
         self.path.write_text(json.dumps(content, indent=1) + "\n")
@@ -47,11 +47,15 @@ def run_to_the_end(trainer: Trainer) -> None:
 
 def cell(value: object) -> str:
     """As it stands in a table."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None:
         return ""
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
 
 def over_seeds(rows: Sequence[Figures], name: str) -> str:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from diffusion_strings import TokenMLP
+from diffusion_words import WORDS, TwoVowels
 from headwater.conditions import NoCondition
 from headwater.diffusion.adapters import Corrected
+from headwater.diffusion.data import read_data
 from headwater.diffusion.denoisers import TokenTransformer
 from headwater.diffusion.fitting import PriorFitting, Unscored
 from headwater.diffusion.policy import DiffusionPolicy
@@ -180,3 +182,13 @@ def test_a_prior_of_one_token_a_step_is_learned_by_name_and_fills_in_what_is_lef
     among = {words[i] for i in range(len(words)) if words[i].startswith("a")}
     found = dict(zip(sorted(among), filled.tolist(), strict=True))
     assert found["abba"] + found["acca"] > 0.8
+
+
+def test_words_are_of_one_length_each_once_and_are_wished_for_by_vowels_and_different_letters() -> None:
+    words = WORDS.read_text().split()
+    assert len(set(words)) == len(words) == 484
+    data = read_data(WORDS, tokens=True)
+    assert data.shape == (5,)
+    wish = TwoVowels(data.alphabet)
+    rows = torch.tensor([[data.alphabet.index(letter) for letter in word] for word in ("stone", "start", "there")])
+    assert wish(rows, torch.empty(3, 0)).tolist() == [3.0, -4.0, -1.0]

@@ -27,6 +27,8 @@ LARGEST = 50_000
 _MEASURED = 500
 """Draws of the prior that its deviation is measured on."""
 _PARTICLES = 10
+_FLATTER = 2.0
+"""Times the prior's deviation, for the twist: one that is too sure of itself leaves the weights to few particles."""
 
 
 def require_baselines(names: tuple[str, ...]) -> None:
@@ -56,7 +58,7 @@ def draw_by(
         rows = condition.expand(max(1, calls // each), -1)
         given = (process, denoiser, likelihood, rows, generator)
         if name == "twisted-smc":
-            return twisted_smc(*given, deviation=deviation)
+            return twisted_smc(*given, deviation=_FLATTER * deviation)
         if name == "dps":
             return dps(*given)
         if name == "lgd-mc":

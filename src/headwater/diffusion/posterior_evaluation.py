@@ -65,10 +65,10 @@ def evaluate(
     row = (torch.empty(1, 0) if condition is None else condition).to(policy.device)
     drawn = _draw(policy, target, row, generator)
     weight = drawn.log_reward.double() - drawn.log_ratio
-    posterior = drawn.objects[resample(weight, DRAWS, generator)]
+    kept = resample(weight, DRAWS, generator)
+    posterior = drawn.objects[kept]
     others, rows, drawn_by = _others(baselines, prior, target, row, min(calls, LARGEST), generator)
-    walked, origin = _of_target(policy, target, row, drawn, others, generator)
-    found = log_z_estimates(drawn.log_ratio, drawn.log_reward, walked)
+    found = log_z_estimates(drawn.log_ratio, drawn.log_reward, (drawn.log_ratio[kept], drawn.log_reward[kept]))
     figures: dict[str, object] = {
         "elbo": found.lower,
         "elbo_error": found.lower_error,
@@ -76,11 +76,11 @@ def evaluate(
         "log_z_interval": 1.96 * found.log_z_error,
         "eubo": found.upper,
         "eubo_error": found.upper_error,
-        "eubo_from": origin,
         "effective_sample_size": found.effective_sample_size / len(weight),
         "pareto_k": found.pareto_k,
         "mean_log_reward": float(drawn.log_reward.double().nanmean()),
     }
+    figures |= _walked_back(policy, target, row, others, generator)
     figures |= _of_measurement(measured, row, drawn.objects, posterior)
     if truth is not None:
         figures |= _of_truth(truth, in_units(posterior))
@@ -145,24 +145,22 @@ def _others(
     return others, rows, objects
 
 
-def _of_target(
-    policy: DiffusionPolicy, target: Likelihood, row: Tensor, drawn: _Drawn, others: dict[str, Draws],
-    generator: torch.Generator,
-) -> tuple[tuple[Tensor, Tensor], str]:  # fmt: skip
-    """log q - log p and log r of paths of the posterior, for the upper bound, and where they are from: walked back from
-    draws of another sampler that weighs them right, if that has enough, or else the sampler's own, reweighted."""
+def _walked_back(
+    policy: DiffusionPolicy, target: Likelihood, row: Tensor, others: dict[str, Draws], generator: torch.Generator
+) -> dict[str, object]:
+    """The mean log-weight of chains walked back from draws of another sampler that weighs them right, the one with the
+    most effective draws, if it has enough: above log Z where the noising reverses the prior's chain, as it does not
+    quite of a coarse or a learned one; and far above it where the sampler misses what the other has found."""
     weighed = {name: draws for name, draws in others.items() if draws.log_z is not None}
     best = max(weighed, key=lambda name: weighed[name].effective_sample_size, default="")
     if not best or weighed[best].effective_sample_size < _FEWEST:
-        weight = drawn.log_reward.double() - drawn.log_ratio
-        kept = resample(weight, DRAWS, generator)
-        return (drawn.log_ratio[kept], drawn.log_reward[kept]), "its own draws, reweighted"
-    parts = []
+        return {}
+    weights = []
     for objects in torch.split(weighed[best].resampled(DRAWS, generator), _AT_ONCE):
         rows = row.expand(len(objects), -1)
-        parts.append((log_ratios(policy, policy.sample_to(objects, rows, generator)), target(objects, rows)))
-    ratio, log_reward = (torch.cat(column) for column in zip(*parts, strict=True))
-    return (ratio, log_reward.to(ratio.device)), best
+        ratio = log_ratios(policy, policy.sample_to(objects, rows, generator))
+        weights.append(target(objects, rows).to(ratio.device).double() - ratio)
+    return {"log_weight_walked_back": float(torch.cat(weights).nanmean()), "walked_back_from": best}
 
 
 def _of_measurement(

@@ -30,11 +30,15 @@ _TERMS = {
     "log_z_estimate": Term("log Z, reweighted", "Log of the mean weight: right where the sampler misses nothing."),
     "log_z_interval": Term("Its interval", "Half the width of the 95 % interval."),
     "eubo": Term(
-        "log Z, upper bound",
-        "Mean log-weight of chains walked back from draws of the posterior, as far as they are that.",
+        "log Z, upper bound", "Mean log-weight of the draws reweighted to the posterior; it cannot show what they miss."
     ),
     "eubo_error": Term("Its standard error"),
-    "eubo_from": Term("Draws for the upper bound", "By which sampler."),
+    "log_weight_walked_back": Term(
+        "Mean log-weight, walked back",
+        "Of chains walked back from another sampler's draws: far above log Z, something is missed. An upper bound too "
+        "where the noising reverses the prior's chain; a learned prior's it does not quite.",
+    ),
+    "walked_back_from": Term("Walked back from", "The other sampler's draws."),
     "effective_sample_size": Term("Effective sample size", "Share of the draws that carries the weight; 1 is perfect."),
     "pareto_k": Term("Pareto k of the weights", "Above 0.7 neither the reweighted log Z nor its interval holds."),
     "chi_squared": Term("Squared residual over noise", "A measured value, of the draws."),

@@ -23,6 +23,8 @@ from headwater.diffusion.tokens import MaskedProcess, UniformProcess
 Kind = Literal["copy", "lora", "correction"]
 
 _ALL = ("all",)
+_LEAST = 1e-6  # of the largest variance
+_MOST_WHITENED = 512  # columns
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,9 @@ class Adapter:
         """A denoiser that says what the prior's does, and learns.
 
         columns: of the condition besides those that the prior looks at, such as a measurement. log_likelihood: for the
-        Langevin parametrisation. examples: conditions `[M, C]`, by whose mean and deviation those that a correction
-        sees are standardised. Raises ValueError for what does not go together.
+        Langevin parametrisation. examples: conditions `[M, C]`, by whose mean and covariance those that a correction
+        sees are whitened: what decides between modes is often a small part of a measurement. Raises ValueError for
+        what does not go together.
         """
         if self.langevin and self.kind == "correction" and log_likelihood is None:
             raise ValueError("langevin: needs a likelihood that has a gradient")
@@ -107,8 +110,11 @@ class Corrected(Denoiser):
     which starts at zero too. The prior is kept as it is, not copied, and does not learn.
 
     condition: how many columns of it are looked at, as many as either does if not given; `examples` of them say how the
-    correction's are standardised.
+    correction's are whitened.
     """
+
+    centre: Tensor
+    whitening: Tensor
 
     def __init__(
         self,
@@ -123,11 +129,11 @@ class Corrected(Denoiser):
         self.prior = prior.requires_grad_(False)
         correction.silence()
         self.correction, self.gradient = correction, gradient
-        centre, width = torch.zeros(self.condition), torch.ones(self.condition)
+        centre, whitening = torch.zeros(self.condition), torch.eye(self.condition)
         if examples is not None:
-            centre, width = examples.mean(0), examples.std(0).clamp(min=torch.finfo(torch.float32).tiny)
+            centre, whitening = examples.mean(0), _whitening(examples)
         self.register_buffer("centre", centre)
-        self.register_buffer("width", width)
+        self.register_buffer("whitening", whitening)
 
     def forward(self, state: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         said = self.prior(state, time, condition)
@@ -135,16 +141,21 @@ class Corrected(Denoiser):
 
     def change(self, said: Tensor, state: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         """What is added to what the prior has said."""
-        seen = (condition[:, : self.condition] - self.centre) / self.width
+        seen = (condition[:, : self.condition] - self.centre) @ self.whitening
         if self.gradient is None:
             return self.correction(state, time, seen)
-        push = self.gradient.push(said, state, time, condition)
-        if self.gradient.columns:
-            seen = torch.cat([seen, push.flatten(1)], 1)
-        return self.correction(state, time, seen) + self.gradient.scaled(push, time)
+        push, features = self.gradient.push(said, state, time, condition)
+        return self.correction(state, time, torch.cat([seen, features], 1)) + self.gradient.scaled(push, time)
 
-    centre: Tensor
-    width: Tensor
+
+def _whitening(examples: Tensor) -> Tensor:
+    """What centred rows must be multiplied by to be uncorrelated and of unit variance, `[C, C]`; directions in which
+    examples `[M, C]` hardly vary are left small. Of many columns, or few examples, each is only scaled."""
+    count, columns = examples.shape
+    if columns > _MOST_WHITENED or count < 2 * columns:
+        return (1 / examples.std(0).clamp(min=torch.finfo(examples.dtype).tiny)).diag()
+    variance, basis = torch.linalg.eigh(examples.double().T.cov().reshape(columns, columns))
+    return (basis / variance.clamp(min=_LEAST * float(variance.max())).sqrt()).to(examples.dtype)
 
 
 def with_adapters(denoiser: Denoiser, rank: int, alpha: float, targets: tuple[str, ...] = _ALL) -> Denoiser:

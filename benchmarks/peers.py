@@ -40,7 +40,7 @@ PEERS = {
         "f39bfc96407c0dcf443a41e5abb97503d707ea94",
         (
             "torch==2.13.0", "numpy==1.26.4", "tensordict==0.15.3", "torch_geometric==2.8.1", "einops", "dill",
-            "linear-attention-transformer", "poetry-core",
+            "linear-attention-transformer", "poetry-core", "matplotlib", "scipy",
         ),
     ),
     "phylogfn": Peer(

@@ -20,6 +20,8 @@ from headwater.diffusion.amortized_recipe import AmortizedRecipe
 from headwater.diffusion.baselines import draw_by
 from headwater.diffusion.chains import GaussianChain, QuadraticReward
 from headwater.diffusion.denoisers import ResidualMLP, TokenTransformer
+from headwater.diffusion.digits_recipe import DigitsRecipe
+from headwater.diffusion.latent import Autoencoder, LatentPrior, save_latent_prior
 from headwater.diffusion.likelihood_settings import LikelihoodSettings
 from headwater.diffusion.operator_settings import OperatorSettings
 from headwater.diffusion.posterior_recipe import PosteriorRecipe
@@ -28,11 +30,12 @@ from headwater.diffusion.priors import Prior, Units, save_prior
 from headwater.diffusion.process import GaussianProcess
 from headwater.diffusion.tokens import MaskedProcess
 from headwater.objectives import Objective
+from headwater.recipes.base import Recipe
 from headwater.replay import ReplaySettings
 from headwater.reward_worker import RewardError
 from headwater.runs import Run
 from headwater.sampler import Sampler
-from headwater.training import Sharpness, Training
+from headwater.training import ExplorationSettings, Sharpness, Training
 from helpers import seeded
 
 SHORT = Training(iterations=4, batch_size=8, replayed=8, warm_up=16, replay_backward=True, log_every=2)
@@ -114,6 +117,7 @@ def test_a_run_of_images_leaves_arrays_and_a_report_behind_and_keeps_its_prior(i
     assert drawn.shape == (20, 1, 4, 4)
     np.testing.assert_allclose(np.load(folder / "mean.npy"), drawn.mean(0), atol=1e-6)
     np.testing.assert_allclose(np.load(folder / "deviation.npy"), drawn.std(0), atol=1e-6)
+    assert all((folder / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in ("samples", "mean"))
     figures = json.loads((folder / "evaluation.json").read_text())
     assert {one["name"] for one in figures["baselines"]} == {"resampling", "twisted-smc", "dps"}
     assert {"coverage_of_90", "error_of_mean", "chi_squared"} <= figures.keys()
@@ -171,6 +175,27 @@ def test_a_function_can_stand_beside_a_measurement_or_alone(prior: Path, tmp_pat
     torch.testing.assert_close(alone.problem().reward(objects, nothing), near_two(objects))
     measurement = torch.distributions.Normal(objects[:, 0], 0.5).log_prob(torch.tensor(0.1))
     torch.testing.assert_close(both.problem().reward(objects, nothing), near_two(objects) + measurement)
+
+
+def test_a_latent_prior_draws_decoded_objects(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    autoencoder = Autoencoder((1, 4, 4), 2, width=8)
+    save_latent_prior(LatentPrior(blank_prior((2,), Units(1.0, 3.0)), autoencoder), tmp_path / "prior")
+    recipe = PosteriorRecipe(
+        prior=tmp_path / "prior", operator=OperatorSettings("inpaint", rows="0:2"),
+        measurement=measured(tmp_path, np.ones(8)), likelihood=LikelihoodSettings(noise=0.5), training=SHORT,
+        samples=20, baselines=("resampling", "dps"),
+    )  # fmt: skip
+    latents = torch.randn(5, 2, generator=seeded(0))
+    decoded = 1 + 3 * autoencoder.decode(latents)
+    expected = torch.distributions.Normal(decoded[:, 0, :2].flatten(1), 0.5).log_prob(torch.tensor(1.0)).sum(1)
+    torch.testing.assert_close(recipe.problem().reward(latents, torch.empty(5, 0)), expected.detach())
+    jobs.train(recipe, "posterior", tmp_path / "run", progress_bar=False)
+    shutil.rmtree(tmp_path / "prior")
+    assert np.load(tmp_path / "run" / "samples.npy").shape == (20, 1, 4, 4)
+    assert np.load(tmp_path / "run" / "baseline-dps.npy").shape[1:] == (1, 4, 4)
+    again = Sampler.load(tmp_path / "run").sample(20)
+    assert len(again.objects[0].split()) == 16
 
 
 def test_strings_of_tokens_are_written_as_text(tmp_path: Path) -> None:
@@ -327,3 +352,35 @@ def test_a_stopped_run_is_resumed_to_the_same_weights(prior: Path, tmp_path: Pat
     assert resumed is not None
     for name, tensor in whole.tensors["policy"].items():
         assert torch.equal(tensor, resumed.tensors["policy"][name])
+
+
+def test_the_digits_recipe_makes_its_prior_and_its_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
+    made: list[Training] = []
+    train = jobs.train
+
+    def shortened(recipe: Recipe, name: str, folder: Path, *rest: object) -> object:
+        made.append(recipe.training)
+        few = replace(recipe.training, iterations=4, batch_size=8)
+        short = replace(recipe, training=few, samples=4, exploration=ExplorationSettings(epsilon=0.0))
+        return train(short, name, folder, progress_bar=False)
+
+    recipe = DigitsRecipe(training=replace(SHORT, replayed=0, warm_up=0), samples=4, baselines=())
+    monkeypatch.setattr(jobs, "train", shortened)
+    prepared = recipe.prepared(tmp_path / "run")
+    monkeypatch.undo()
+    assert made[0].iterations == 3000
+    jobs.train(prepared, "digits", tmp_path / "run", progress_bar=False)
+    run = Run.open(tmp_path / "run")
+    assert str(run.settings["prior"]) == "inputs/prior"
+    assert np.load(run.folder / "inputs" / "measurement.npy").shape == (32,)
+    assert "coverage_of_90" in run.evaluation()
+    assert (run.folder / "inputs" / "prior" / "report.html").is_file()
+    assert len(Sampler.load(run.folder).sample(3).objects) == 3
+
+
+def test_the_digits_recipe_knows_its_images() -> None:
+    with pytest.raises(ValueError, match="digit = 450"):
+        DigitsRecipe(digit=450)
+    with pytest.raises(ValueError, match="prior_iterations = 10"):
+        DigitsRecipe(prior_iterations=10)

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from headwater.diffusion.adapters import Adapter, Corrected, with_adapters
-from headwater.diffusion.denoisers import Denoiser, Network, ResidualMLP, TokenTransformer
+from headwater.diffusion.denoisers import Denoiser, Network, ResidualMLP, TokenTransformer, of_times, time_features
 from headwater.diffusion.policy import DiffusionPolicy
 from headwater.diffusion.priors import Prior, Units, load_prior, save_prior
 from headwater.diffusion.process import BrownianProcess, GaussianProcess, Process
-from headwater.diffusion.tokens import MaskedProcess, UniformProcess
+from headwater.diffusion.tokens import FREE, MaskedProcess, OneByOneProcess, UniformProcess
 
 NOTHING = torch.empty(5, 0)
 
@@ -32,7 +32,12 @@ def token_prior() -> Prior:
     return Prior(MaskedProcess(4, 3, 4), TokenTransformer(4, 3, width=16), alphabet="abc")
 
 
-PRIORS = (image_prior, lambda: image_prior("learned"), token_prior)
+def one_by_one_prior() -> Prior:
+    torch.manual_seed(0)
+    return Prior(OneByOneProcess(4, 3, given=(FREE, FREE, 2, FREE)), TokenTransformer(4, 3, width=16), alphabet="abc")
+
+
+PRIORS = (image_prior, lambda: image_prior("learned"), token_prior, one_by_one_prior)
 
 
 def inputs(prior: Prior) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,12 +63,14 @@ def test_a_posterior_says_at_first_what_the_prior_says_and_then_learns_alone(
     before = {name: weight.clone() for name, weight in prior.denoiser.state_dict().items()}
     posterior = adapter.posterior(prior, columns)
     said = prior.denoiser(state, time, y)
-    assert torch.equal(posterior(state, time, y), said)
+    at_first, channels = posterior(state, time, y), said.shape[1]
+    assert torch.equal(at_first[:, :channels], said)
+    assert not at_first[:, channels:].any()  # a Gaussian step is as wide as the prior's
     learnt = [weight for weight in posterior.parameters() if weight.requires_grad]
     optimizer = torch.optim.SGD(learnt, lr=0.1)
     for _ in range(2):  # the layers behind a silent one learn from the second step on
         optimizer.zero_grad()
-        (posterior(state, time, y) * torch.linspace(-1, 1, said.numel()).view_as(said)).sum().backward()
+        (posterior(state, time, y)[:, :channels] * torch.linspace(-1, 1, said.numel()).view_as(said)).sum().backward()
         optimizer.step()
     assert not torch.equal(posterior(state, time, y), said)
     assert all(torch.equal(weight, before[name]) for name, weight in prior.denoiser.state_dict().items())
@@ -154,6 +161,29 @@ def test_a_network_reads_every_coordinate_the_time_and_its_own_columns_of_the_co
             other = condition.index_add(1, torch.tensor([column]), torch.ones(1, 1))
             assert torch.equal(network(state, time, other), said) != seen
     assert strings(torch.tensor([[0, 5, 2]]), torch.tensor([0.4]), torch.zeros(1, 2)).shape == (1, 3, 5)
+
+
+def test_what_depends_on_time_alone_is_asked_once_for_each_time_with_the_same_gradient() -> None:
+    torch.manual_seed(0)
+    layer, time, weight = torch.nn.Linear(64, 3), torch.tensor([0.5, 1.0, 0.5, 0.25, 1.0]), torch.randn(5, 3)
+    asked = []
+
+    def function(features: Tensor) -> Tensor:
+        asked.append(len(features))
+        return layer(features).tanh()
+
+    of_each, at_once = function(time_features(time)), of_times(function, time)
+    assert asked == [5, 3]
+    torch.testing.assert_close(at_once, of_each)
+    expected, found = (torch.autograd.grad((said * weight).sum(), layer.weight)[0] for said in (of_each, at_once))
+    torch.testing.assert_close(found, expected)
+    assert of_times(function, time[:0]).shape == (0, 3)
+
+
+def test_a_network_without_condition_says_the_same_whether_columns_are_handed_to_it_or_not() -> None:
+    torch.manual_seed(0)
+    network, state, time = ResidualMLP((2,), width=16), torch.randn(6, 2), torch.tensor([0.5, 1.0, 0.5]).repeat(2)
+    torch.testing.assert_close(network(state, time, torch.randn(6, 3)), network(state, time, torch.empty(6, 0)))
 
 
 def test_a_network_sees_how_large_the_states_of_an_exploding_chain_are() -> None:

@@ -131,6 +131,8 @@ class Run:
             if isinstance(value, str) and value.startswith(made)
         }
         for setting, path in (inputs or {}).items():
+            if path.resolve() == (folder / kept[setting]).resolve():  # made there, for this run
+                continue
             (folder / INPUTS).mkdir(exist_ok=True)
             with writing(folder / kept[setting]):
                 shutil.copyfile(path, folder / kept[setting])

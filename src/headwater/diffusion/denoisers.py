@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
@@ -18,6 +19,7 @@ NetworkSetting: TypeAlias = "int | bool | list[int]"
 
 _FREQUENCIES = 32
 _HIGHEST_FREQUENCY = 1000.0
+_LONGEST_PERIOD = 32.0
 _LARGEST = 65_536
 """Of any size in a network's settings: they may come from a file."""
 
@@ -79,7 +81,9 @@ class ResidualMLP(Network):
     many outputs. Raises ValueError naming a size that is out of range.
 
     A state goes in as its direction and the logarithm of its size, so that the large states of a variance-exploding
-    chain are as easy as those of any other.
+    chain are as easy as those of any other. octaves: also as sines and cosines of each coordinate, of so many periods:
+    32 units, 16, 8 and so on. In few dimensions that is what lets it tell modes close together apart soon (Tancik et
+    al. 2020, arXiv 2006.10739).
     """
 
     def __init__(
@@ -89,12 +93,14 @@ class ResidualMLP(Network):
         width: int = 256,
         blocks: int = 3,
         learned_variance: bool = False,
+        octaves: int = 0,
     ) -> None:
         super().__init__()
-        _require_sizes(condition=condition, width=width, blocks=blocks, shape=shape)
+        _require_sizes(condition=condition, width=width, blocks=blocks, shape=shape, octaves=octaves)
         self.shape, self.condition, self.learned_variance = tuple(shape), condition, bool(learned_variance)
+        self.octaves = octaves
         size = math.prod(self.shape)
-        self.enter = nn.Linear(size + 1, width)
+        self.enter = nn.Linear(size * (1 + 2 * octaves) + 1, width)
         self.time = nn.Linear(2 * _FREQUENCIES, width)
         self.read = nn.Linear(condition, width, bias=False) if condition else None
         self.shift = nn.Linear(width, blocks * width)
@@ -110,16 +116,23 @@ class ResidualMLP(Network):
             "width": self.last.in_features,
             "blocks": len(self.first),
             "learned_variance": self.learned_variance,
+            "octaves": self.octaves,
         }
 
     def forward(self, state: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         flat = state.flatten(1)
         size = (1 + flat.square().mean(1, keepdim=True)).sqrt()
-        told = self.time(time_features(time))
-        if self.read is not None:
-            told = told + self.read(condition[:, : self.condition].to(told.dtype))
-        hidden = self.enter(torch.cat([flat / size, size.log()], 1))
-        shifts = self.shift(functional.silu(told)).chunk(len(self.first), 1)
+        angles = [flat * (2**octave * 2 * math.pi / _LONGEST_PERIOD) for octave in range(self.octaves)]
+        waves = [wave for angle in angles for wave in (angle.sin(), angle.cos())]
+        hidden = self.enter(torch.cat([flat / size, size.log(), *waves], 1))
+        if self.read is None and not condition.shape[1]:  # there is nothing to tell but the time
+            shift = of_times(lambda features: self.shift(functional.silu(self.time(features))), time)
+        else:  # even if this network reads nothing: the same numbers, to the bit, as of its widened copy
+            told = of_times(self.time, time)
+            if self.read is not None:
+                told = told + self.read(condition[:, : self.condition].to(told.dtype))
+            shift = self.shift(functional.silu(told))
+        shifts = shift.chunk(len(self.first), 1)
         for norm, first, second, shift in zip(self.norms, self.first, self.second, shifts, strict=True):
             hidden = hidden + second(functional.silu(first(norm(hidden)) + shift))
         said = self.last(functional.silu(hidden))
@@ -165,7 +178,7 @@ class TokenTransformer(Network):
         }
 
     def forward(self, state: Tensor, time: Tensor, condition: Tensor) -> Tensor:
-        told = self.time(time_features(time))
+        told = of_times(self.time, time)
         if self.read is not None:
             told = told + self.read(condition[:, : self.condition].to(told.dtype))
         hidden = self.token(state) + self.position + told[:, None]
@@ -201,18 +214,34 @@ def time_features(time: Tensor) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 
+def of_times(function: Callable[[Tensor], Tensor], time: Tensor) -> Tensor:
+    """What `function` makes of the features of each time, `[N]` to `[N, W]`.
+
+    Chains have their times in common, so a processor asks it once for each that there is. Other devices ask it for all:
+    how many there are is not known before the work that is under way there is done.
+    """
+    if time.device.type != "cpu":
+        return function(time_features(time))
+    times, which = torch.unique(time, return_inverse=True)
+    return functional.embedding(which, function(time_features(times)))
+
+
 def _silence(layer: nn.Linear | nn.Conv2d) -> None:
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
 
 
-def _require_sizes(condition: int, shape: tuple[int, ...] | list[int] = (1,), **sizes: int) -> None:
+def _require_sizes(condition: int, shape: tuple[int, ...] | list[int] = (1,), octaves: int = 0, **sizes: int) -> None:
     """Raise ValueError naming the size that is no whole number, or out of range."""
     if not (isinstance(shape, (tuple, list)) and len(shape)):
         raise ValueError(f"shape = {shape!r}: must be whole numbers")
-    named = {"condition": (condition, 0), **{f"shape[{axis}]": (length, 1) for axis, length in enumerate(shape)}}
+    named = {
+        "condition": (condition, 0),
+        "octaves": (octaves, 0),
+        **{f"shape[{axis}]": (length, 1) for axis, length in enumerate(shape)},
+    }
     for name, (value, least) in (named | {name: (value, 1) for name, value in sizes.items()}).items():
-        most = 1000 if name == "blocks" else _LARGEST
+        most = {"blocks": 1000, "octaves": 32}.get(name, _LARGEST)
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
             raise ValueError(f"{name} = {value!r}: must be a whole number from {least} to {most}")

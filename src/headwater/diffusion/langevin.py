@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from headwater.diffusion.denoisers import time_features
+from headwater.diffusion.denoisers import of_times, time_features
 from headwater.diffusion.guidance import GRAM_LIMIT, whitened_gram
 from headwater.diffusion.laws import per_chain
 from headwater.diffusion.likelihoods import GaussianLikelihood, Likelihood
@@ -54,7 +54,6 @@ class Langevin(nn.Module):
             raise ValueError(f"langevin: strings of tokens or a {type(process).__name__} have no such gradient")
         self.process, self.at, self.deviation, self.largest = process, at, deviation, largest
         self.log_likelihood = log_likelihood
-        self.twice = process.variance == "learned"
         self.enter = nn.Linear(time_features(torch.zeros(1)).shape[1], _HIDDEN)
         self.last = nn.Linear(_HIDDEN, process.shape[0])
         nn.init.zeros_(self.last.weight), nn.init.zeros_(self.last.bias)
@@ -89,11 +88,10 @@ class Langevin(nn.Module):
 
     def scaled(self, push: Tensor, time: Tensor) -> Tensor:
         """The push times its factor, as a part of a prediction."""
-        factor = self.last(nn.functional.silu(self.enter(time_features(time))))
+        factor = of_times(lambda features: self.last(nn.functional.silu(self.enter(features))), time)
         if self.at == "data":
             push = self.process.prediction_of(push, torch.zeros_like(push), step_numbers(self.process, time))
-        pushed = factor.view(*factor.shape, *[1] * (push.ndim - 2)) * push
-        return torch.cat([pushed, torch.zeros_like(pushed)], 1) if self.twice else pushed
+        return factor.view(*factor.shape, *[1] * (push.ndim - 2)) * push
 
     def _log_r(self, x: Tensor, condition: Tensor) -> Tensor:
         if isinstance(self.log_likelihood, Likelihood):

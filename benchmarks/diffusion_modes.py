@@ -209,6 +209,11 @@ def report(content: dict[str, object]) -> str:
         "by the sampler (lower), and walked back from exact draws (upper, the larger the more of the posterior is "
         "missed). Equal calls: as many as the first method asks for.",
         "",
+        "How to read it: a sampler that has lost modes may have a good ESS and a tight lower bound; the upper bound "
+        "tells. Chains walked back from draws of the posterior say how much of each mode there must be and leave open "
+        "what is drawn besides; chains of the sampler's own empty what has no reward. Importance resampling of 2,000 "
+        "prior draws solves this problem as well as any training: it shows where training goes wrong, and no more.",
+        "",
         f"    {facts['command']}",
         "",
         f"{facts['cpu']}, one thread, other work on the machine (load {content['load']}); CPU seconds are of the "

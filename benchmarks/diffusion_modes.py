@@ -93,6 +93,8 @@ def train(
     )
     began = time.process_time()
     trainer.run(progress_bar=False)
+    if trainer.interrupted:
+        raise KeyboardInterrupt  # half a run is no result
     sampler = trainer.sampler
     assert isinstance(sampler, DiffusionPolicy)
     return sampler.posterior, trainer, time.process_time() - began

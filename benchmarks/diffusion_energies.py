@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,7 +116,7 @@ CONTESTS = {
         7.5,
         Method(
             "TB, a third walked back from a replay seeded with the prior's draws, waves of the state",
-            learning(500, 128, 64, 2000, 3e-3),
+            learning(400, 128, 64, 2000, 3e-3),
             exploration=QUIET,
             adapter=Adapter("correction", width=128, blocks=2, octaves=6),
         ),
@@ -124,8 +126,8 @@ CONTESTS = {
         Funnel(),
         2.0,
         Method(
-            "VarGrad, a third walked back from the sampler's own draws, Langevin",
-            learning(600, 128, 64, 0, 3e-3), VARIANCE, QUIET, OWN, LANGEVIN,
+            "VarGrad, on-policy, Langevin",
+            learning(250, 192, 0, 0, 3e-3), VARIANCE, QUIET, adapter=LANGEVIN,
         ),
     ),
     "many wells": Contest(
@@ -282,7 +284,7 @@ def main() -> None:
             if (name, seed) not in done:
                 rows.append({"energy": name, "seed": seed} | measured(CONTESTS[name], seed))
                 print(name, seed, *(f"{key} {cell(rows[-1:], key)}" for key in COLUMNS), flush=True)
-            command = ["python benchmarks/diffusion_energies.py", f"--seeds {asked.seeds}"]
+            command = ["python benchmarks/diffusion_energies.py", shlex.join(sys.argv[1:])]
             content: dict[str, object] = {"provenance": provenance(command), "load": load(), "rows": rows}
             asked.output.write_text(json.dumps(content, indent=1) + "\n")
             asked.output.with_suffix(".md").write_text(report(content))

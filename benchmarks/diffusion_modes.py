@@ -93,6 +93,8 @@ def train(
     )
     began = time.process_time()
     trainer.run(progress_bar=False)
+    if trainer.interrupted:
+        raise KeyboardInterrupt  # half a run is no result
     sampler = trainer.sampler
     assert isinstance(sampler, DiffusionPolicy)
     return sampler.posterior, trainer, time.process_time() - began
@@ -158,7 +160,10 @@ def cell(rows: list[Figures], key: str) -> str:
     if not values or any(math.isnan(value) for value in values):
         return ""
     digits = 0 if key in ("modes_found", "reward_calls", "cpu_seconds") else 2 if key != "total_variation" else 3
-    mean, low, high = (f"{value:,.{digits}f}" for value in (sum(values) / len(values), min(values), max(values)))
+    mean, low, high = (
+        f"{value:.0e}" if abs(value) >= 1e6 else f"{value:,.{digits}f}"
+        for value in (sum(values) / len(values), min(values), max(values))
+    )
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
@@ -207,7 +212,12 @@ def report(content: dict[str, object]) -> str:
         f"W2 {sum(w_floor) / len(w_floor):.2f}. ESS: effective sample size of the weighted draws, over their number; "
         "the closed form has less than 1, since its steps are finite. Bounds on log Z are means over chains: drawn "
         "by the sampler (lower), and walked back from exact draws (upper, the larger the more of the posterior is "
-        "missed). Equal calls: as many as the first method asks for.",
+        "missed). Equal calls: as many as the first method asks for. A run without any mode has diverged.",
+        "",
+        "How to read it: a sampler that has lost modes may have a good ESS and a tight lower bound; the upper bound "
+        "tells. Chains walked back from draws of the posterior say how much of each mode there must be and leave open "
+        "what is drawn besides; chains of the sampler's own empty what has no reward. Importance resampling of 2,000 "
+        "prior draws solves this problem as well as any training: it shows where training goes wrong, and no more.",
         "",
         f"    {facts['command']}",
         "",

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 
 from headwater.diffusion.digits import load_digits
+from headwater.diffusion.likelihood_settings import LikelihoodSettings
 from headwater.diffusion.operator_settings import OperatorSettings, operator_of
 from headwater.diffusion.posterior_recipe import PosteriorRecipe
 from headwater.diffusion.prior_recipe import ChainSettings, PriorRecipe
@@ -36,11 +37,13 @@ class DigitsRecipe(PosteriorRecipe):
     """Number of the held-out image that is measured, 0 to 449."""
     operator: OperatorSettings = field(default_factory=lambda: OperatorSettings("inpaint", rows="0:4"))
     """What is measured of it: its upper half."""
+    likelihood: LikelihoodSettings = field(default_factory=lambda: LikelihoodSettings(noise=0.25))
+    """The noise of the measurement: paper is -1, ink 1."""
     objective: Objective = field(default_factory=lambda: Objective("vargrad", penalty="huber", delta=3.0))
     """What to balance."""
     training: Training = field(
         default_factory=lambda: Training(
-            iterations=600, batch_size=48, learning_rate=2e-3, schedule="cosine", log_every=10, evaluate_every=100,
+            iterations=1000, batch_size=64, learning_rate=2e-3, schedule="cosine", log_every=10, evaluate_every=100,
             checkpoint_every=100,
         )
     )  # fmt: skip

@@ -26,6 +26,8 @@ from headwater.diffusion.calibration import chi_squared_per_degree, coverage
 from headwater.diffusion.chains import Chains, draw_chains, walk_back
 from headwater.diffusion.digits import CLASSES, SHAPE, View, digits_prior, load_digits, view_matrix
 from headwater.diffusion.estimators import log_z_estimates, resample, resampling_estimates
+from headwater.diffusion.guidance import Draws
+from headwater.diffusion.likelihoods import GaussianLikelihood
 from headwater.diffusion.measures import (
     MODE,
     beside_floor,
@@ -38,28 +40,15 @@ from headwater.diffusion.measures import (
     wasserstein,
 )
 from headwater.diffusion.mixtures import GaussianMixture, MixtureDenoiser
+from headwater.diffusion.operators import Matrix
 from headwater.diffusion.process import GaussianProcess, Variance
 from headwater.diffusion.targets import DensityRatio, lattice, nine_of_twenty_five, random_measurement, twenty_five
-from headwater.environments.base import Objects
 from headwater.reward import Reward
 from provenance import load, provenance
 
 RESULTS = Path(__file__).parent / "results"
 DRAWS = 2000
 Figures = dict[str, object]
-
-
-@dataclass(frozen=True)
-class LinearLikelihood:
-    """Of y = matrix x + deviation noise, with y in the condition rows: a Reward."""
-
-    matrix: Tensor
-    deviation: float
-
-    def __call__(self, objects: Objects, condition: Tensor) -> Tensor:
-        away = (torch.as_tensor(objects).flatten(1) @ self.matrix.mT - condition).double() / self.deviation
-        constant = self.matrix.shape[0] * math.log(self.deviation * math.sqrt(2 * math.pi))
-        return (-0.5 * away.square().sum(1) - constant).float()
 
 
 @dataclass(frozen=True)
@@ -77,7 +66,7 @@ class Problem:
     reward: Reward
     posterior: Callable[[Tensor], GaussianMixture]
     log_z: Callable[[Tensor], Tensor]
-    measured: LinearLikelihood | None = None
+    measured: GaussianLikelihood | None = None
     label: Tensor | None = None
 
     def measurements(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -85,13 +74,12 @@ class Problem:
         truth = self.mixture.sample(count, generator).view(count, *self.process.shape)
         if self.measured is None:
             return truth, torch.empty(count, 0)
-        y = truth.flatten(1) @ self.measured.matrix.mT
-        return truth, y + self.measured.deviation * torch.randn(y.shape, generator=generator)
+        return truth, self.measured.draw(truth, generator)
 
 
-Contender = Callable[[Problem, Tensor, int], tuple[nn.Module, int]]
+Contender = Callable[[Problem, Tensor, int], tuple[nn.Module | Draws, int]]
 """Makes a denoiser for a problem with a seed, good at condition row `[1, C]` at least; and says how often it asked the
-reward for that."""
+reward for that. Or else it draws from the posterior of that row by itself."""
 
 
 class ClosedForm(nn.Module):
@@ -143,13 +131,13 @@ def nine(steps: int, variance: Variance) -> Problem:
 
 def linear(
     name: str, process: GaussianProcess, mixture: GaussianMixture, matrix: Tensor, deviation: float,
-    label: Tensor | None = None,
+    label: Tensor | None = None, precision: torch.dtype = torch.float64,
 ) -> Problem:  # fmt: skip
-    """A mixture under a linear measurement of where its chains end."""
+    """A mixture under a linear measurement of where its chains end. precision: of the prior's denoiser."""
     ends = mixture.noised(process.alphas[-1], process.sigmas[-1])
-    likelihood = LinearLikelihood(matrix, deviation)
+    likelihood = GaussianLikelihood(Matrix(process.shape, matrix), deviation)
     return Problem(
-        name, process, ends, MixtureDenoiser(mixture, process), likelihood,
+        name, process, ends, MixtureDenoiser(mixture.to(precision), process), likelihood,
         lambda row: ends.posterior(matrix, row, deviation), lambda rows: ends.log_evidence(matrix, rows, deviation),
         likelihood, label,
     )  # fmt: skip
@@ -169,9 +157,11 @@ def lattice_problem(dimensions: int, steps: int, variance: Variance) -> Problem:
 def digits_problem(view: View, steps: int, variance: Variance) -> Problem:
     """Handwritten digits of which little is seen."""
     train, _ = load_digits()
-    process = GaussianProcess.of(SHAPE, steps, "cosine", "noise", variance, final_noise=0.1)
+    process = GaussianProcess.of(SHAPE, steps, "cosine", "velocity", variance, final_noise=0.1)
     matrix = view_matrix(view, torch.Generator().manual_seed(5))
-    return linear(f"digits-{view.replace(' ', '-')}", process, digits_prior(train), matrix, 0.1, train.label)
+    return linear(
+        f"digits-{view.replace(' ', '-')}", process, digits_prior(train), matrix, 0.1, train.label, torch.float32
+    )
 
 
 PROBLEMS: dict[str, Callable[[int, Variance], Problem]] = {
@@ -189,11 +179,14 @@ def resampled(problem: Problem, condition: Tensor, calls: int, generator: torch.
     ]
     objects, log_reward = torch.cat([part.objects for part in parts]), torch.cat([part.log_reward for part in parts])
     found = resampling_estimates(log_reward)
-    return objects[resample(log_reward, DRAWS, generator)], dict(found.figures()) | {"reward_calls": calls}
+    return objects[resample(log_reward, DRAWS, generator)], {**found.figures(), "reward_calls": calls}
 
 
-def look_at(problem: Problem, condition: Tensor, objects: Tensor, generator: torch.Generator) -> Figures:
-    """`DRAWS` objects of one measurement beside exact draws of its posterior."""
+def look_at(
+    problem: Problem, condition: Tensor, objects: Tensor, generator: torch.Generator, slow: bool = True
+) -> Figures:
+    """Objects of one measurement beside as many exact draws of its posterior. slow: also by the distances that take the
+    best assignment, or all pairs."""
     exact = problem.posterior(condition[0])
     directions = random_directions(200, exact.dimensions, generator)
     few = min(500, len(objects))
@@ -209,29 +202,33 @@ def look_at(problem: Problem, condition: Tensor, objects: Tensor, generator: tor
     floors = [total_variation(of_modes(draw(len(objects))), expected) for _ in range(5)]
     figures: Figures = {
         "sliced_wasserstein": beside_floor(lambda a, b: sliced_wasserstein(a, b, directions), objects, draw),
-        "wasserstein_of_500": beside_floor(wasserstein, objects[:few], draw, 3),
-        "mean_discrepancy_of_500": beside_floor(mean_discrepancy, objects[:few], draw, 3),
         "total_variation": total_variation(of_modes(objects), expected),
         "total_variation_floor": sum(floors) / len(floors),
         "modes_found": modes_found(of_modes(objects), expected),
         "modes": int((expected >= MODE).sum()),
     }
+    if slow:
+        figures["wasserstein_of_500"] = beside_floor(wasserstein, objects[:few], draw, 3)
+        figures["mean_discrepancy_of_500"] = beside_floor(mean_discrepancy, objects[:few], draw, 3)
     if problem.measured is not None:
         measured = problem.measured
         for name, points in (("chi_squared", objects), ("chi_squared_exact", draw(len(objects)))):
-            values = chi_squared_per_degree(
-                points.flatten(1), lambda x: x @ measured.matrix.mT, condition[0], measured.deviation
-            )
+            values = chi_squared_per_degree(points, measured.operator, condition[0], float(measured.sigma))
             figures[name] = float(values.mean())
     return figures
 
 
-def one(problem: Problem, contender: Contender, condition: Tensor, seed: int, measurements: int) -> Figures:
+def one(
+    problem: Problem, contender: Contender, condition: Tensor, seed: int, measurements: int,
+    draws: int = DRAWS, slow: bool = True,
+) -> Figures:  # fmt: skip
     """A contender at one condition row, `[1, C]`, and over so many others."""
-    generator, began = torch.Generator().manual_seed(seed), time.perf_counter()
+    generator, began = torch.Generator().manual_seed(seed), time.process_time()
     denoiser, calls = contender(problem, condition, seed)
-    seconds = time.perf_counter() - began
-    rows = condition.expand(DRAWS, -1)
+    seconds = time.process_time() - began
+    if isinstance(denoiser, Draws):
+        return of_draws(problem, denoiser, condition, generator, slow) | {"seconds": seconds}
+    rows = condition.expand(draws, -1)
 
     def chains(walk_from: Tensor | None = None) -> Chains:
         given = (problem.process, problem.prior, denoiser, problem.reward)
@@ -240,17 +237,35 @@ def one(problem: Problem, contender: Contender, condition: Tensor, seed: int, me
         return walk_back(*given, walk_from, rows, generator)
 
     drawn = chains()
-    exact = problem.posterior(condition[0]).sample(DRAWS, generator).view(drawn.objects.shape)
+    exact = problem.posterior(condition[0]).sample(draws, generator).view(drawn.objects.shape)
     above = chains(exact)
     found = log_z_estimates(drawn.log_ratio, drawn.log_reward, (above.log_ratio, above.log_reward))
     many = problem.measured is not None and measurements
+    evened = drawn.objects[resample(drawn.log_reward - drawn.log_ratio, draws, generator)]
+    weighed = look_at(problem, condition, evened, generator, False)
     return {
-        "reward_calls": calls + DRAWS,
+        "reward_calls": calls + draws,
         "seconds": seconds,
         "log_z_exact": float(problem.log_z(condition)[0]),
         **found.figures(),
-        **look_at(problem, condition, drawn.objects, generator),
+        **look_at(problem, condition, drawn.objects, generator, slow),
+        **{f"{name}_weighed": weighed[name] for name in ("sliced_wasserstein", "total_variation")},
         **(over_measurements(problem, denoiser, measurements, seed) if many else {}),
+    }
+
+
+def of_draws(
+    problem: Problem, draws: Draws, condition: Tensor, generator: torch.Generator, slow: bool = True
+) -> Figures:
+    """The same of what a sampler without a denoiser drew."""
+    weighted = draws.log_z is not None
+    objects = draws.resampled(len(draws.objects), generator) if weighted else draws.objects
+    return {
+        "reward_calls": draws.reward_calls,
+        "log_z_exact": float(problem.log_z(condition)[0]),
+        "log_z": draws.log_z,
+        "effective_sample_size": draws.effective_sample_size if weighted else None,
+        **look_at(problem, condition, objects, generator, slow),
     }
 
 

@@ -13,7 +13,10 @@ from headwater.conditions import NoCondition
 from headwater.diffusion.adapters import Adapter, Corrected
 from headwater.diffusion.chains import GaussianChain, QuadraticReward
 from headwater.diffusion.denoisers import Denoiser, ResidualMLP, TokenTransformer
+from headwater.diffusion.estimators import resample
 from headwater.diffusion.laws import GaussianLaw
+from headwater.diffusion.likelihoods import GaussianLikelihood
+from headwater.diffusion.operators import Identity
 from headwater.diffusion.policy import STATE, DiffusionPolicy
 from headwater.diffusion.priors import Prior
 from headwater.diffusion.process import BrownianProcess, GaussianProcess, Process
@@ -22,6 +25,7 @@ from headwater.evaluation import bounds, log_prob_of_objects
 from headwater.objectives import Objective, path_log_ratio, trajectory_residual
 from headwater.policies.base import NO_EXPLORATION, Exploration
 from headwater.replay import ReplaySettings
+from headwater.search import LocalSearch
 from headwater.training import ExplorationSettings, Trainer, Training
 from headwater.trajectories import Trajectories
 
@@ -255,3 +259,64 @@ def test_chains_that_were_cut_to_their_ends_cannot_be_learned_from() -> None:
 def test_more_learned_steps_than_there_are_is_an_error() -> None:
     with pytest.raises(ValueError, match="learned_steps = 9: must be from 0 to the 6 steps"):
         network_policy(learned_steps=9)
+
+
+def test_local_search_leaves_the_target_as_it_is() -> None:
+    """Chains of the prior, weighed by r, are chains of the target; a round of proposals by any posterior and their
+    acceptance keep them so."""
+    process = MaskedProcess(3, 2, 3)
+    torch.manual_seed(0)
+    prior, posterior = (TokenTransformer(3, 2, 0, 16, 1) for _ in range(2))
+    for network in (prior, posterior):
+        torch.nn.init.normal_(network.last.weight, std=0.5)
+    policy = DiffusionPolicy(process, prior, posterior)
+    rng, count = generator(1), 6_000
+
+    def log_reward(chains: Trajectories) -> Tensor:
+        tokens = policy.objects(chains)
+        assert isinstance(tokens, Tensor)
+        return 1.5 * (tokens[:, 0] == tokens[:, 2]).float() - tokens[:, 1].float()
+
+    drawn = policy.sample(torch.empty(count, 0), Exploration(epsilon=1.0), rng)
+    chosen = resample(log_reward(drawn).double(), count, rng)
+    current = drawn.select(chosen)
+    current = current.with_log_reward(log_reward(current))
+
+    def shares(chains: Trajectories) -> Tensor:
+        tokens = policy.objects(chains)
+        assert isinstance(tokens, Tensor)
+        return torch.bincount(tokens @ torch.tensor([4, 2, 1]), minlength=8) / count
+
+    expected = shares(current)
+    walked, candidate, log_ratio = policy.back_and_forth(current, 1.0, Exploration(temperature=1.3), rng)
+    candidate = candidate.with_log_reward(log_reward(candidate))
+    moved = LocalSearch(1).moved(walked, candidate, log_ratio, rng)
+    assert 0.5 * float((shares(moved) - expected).abs().sum()) < 0.03
+    assert 0.5 * float((shares(candidate) - expected).abs().sum()) > 0.1  # the proposals by themselves are not of it
+    assert float((moved.identity != current.identity).float().mean()) > 0.05
+
+
+def test_a_proposal_keeps_the_first_steps_of_a_chain_and_says_how_likely_all_of_it_was() -> None:
+    process = GaussianProcess.of((2,), 8, "cosine", final_noise=0.1)
+    torch.manual_seed(0)
+    posterior = ResidualMLP((2,), width=8, blocks=1)
+    policy = DiffusionPolicy(process, ResidualMLP((2,), width=8, blocks=1), posterior)
+    rng = generator(2)
+    drawn = policy.sample(torch.empty(300, 0), generator=rng)
+    walked, candidate, _ = policy.back_and_forth(drawn, 0.5, Exploration(), rng)
+    old, new = (chains.steps["state"].view(300, 9, 2) for chains in (walked, candidate))
+    same = (old == new).all(2).sum(1)
+    assert set(same.tolist()) == {5, 6, 7, 8}  # the start, and 4 to 7 of 8 steps
+    expected = candidate.sum(policy.log_probs(candidate).forward).detach()
+    torch.testing.assert_close(candidate.log_behaviour, expected, atol=1e-3, rtol=1e-4)
+
+
+def test_a_run_with_local_search_learns_from_its_candidates() -> None:
+    process = GaussianProcess.of((2,), 4, "cosine", final_noise=0.1)
+    policy = DiffusionPolicy(process, ResidualMLP((2,), width=8, blocks=1), ResidualMLP((2,), width=8, blocks=1))
+    trainer = Trainer(
+        policy, GaussianLikelihood(Identity((2,)), 0.5, torch.zeros(2)), NoCondition(), Objective("vargrad"),
+        Training(iterations=2, batch_size=12), ExplorationSettings(epsilon=0.0, local_search=LocalSearch(2, 0.5)),
+    )  # fmt: skip
+    trainer.run(progress_bar=False)
+    assert trainer.search.drawn == 24

@@ -20,6 +20,7 @@ from headwater.diffusion.amortized_recipe import AmortizedRecipe
 from headwater.diffusion.baselines import draw_by
 from headwater.diffusion.chains import GaussianChain, QuadraticReward
 from headwater.diffusion.denoisers import ResidualMLP, TokenTransformer
+from headwater.diffusion.latent import Autoencoder, LatentPrior, save_latent_prior
 from headwater.diffusion.likelihood_settings import LikelihoodSettings
 from headwater.diffusion.operator_settings import OperatorSettings
 from headwater.diffusion.posterior_recipe import PosteriorRecipe
@@ -114,6 +115,7 @@ def test_a_run_of_images_leaves_arrays_and_a_report_behind_and_keeps_its_prior(i
     assert drawn.shape == (20, 1, 4, 4)
     np.testing.assert_allclose(np.load(folder / "mean.npy"), drawn.mean(0), atol=1e-6)
     np.testing.assert_allclose(np.load(folder / "deviation.npy"), drawn.std(0), atol=1e-6)
+    assert all((folder / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in ("samples", "mean"))
     figures = json.loads((folder / "evaluation.json").read_text())
     assert {one["name"] for one in figures["baselines"]} == {"resampling", "twisted-smc", "dps"}
     assert {"coverage_of_90", "error_of_mean", "chi_squared"} <= figures.keys()
@@ -171,6 +173,27 @@ def test_a_function_can_stand_beside_a_measurement_or_alone(prior: Path, tmp_pat
     torch.testing.assert_close(alone.problem().reward(objects, nothing), near_two(objects))
     measurement = torch.distributions.Normal(objects[:, 0], 0.5).log_prob(torch.tensor(0.1))
     torch.testing.assert_close(both.problem().reward(objects, nothing), near_two(objects) + measurement)
+
+
+def test_a_latent_prior_draws_decoded_objects(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    autoencoder = Autoencoder((1, 4, 4), 2, width=8)
+    save_latent_prior(LatentPrior(blank_prior((2,), Units(1.0, 3.0)), autoencoder), tmp_path / "prior")
+    recipe = PosteriorRecipe(
+        prior=tmp_path / "prior", operator=OperatorSettings("inpaint", rows="0:2"),
+        measurement=measured(tmp_path, np.ones(8)), likelihood=LikelihoodSettings(noise=0.5), training=SHORT,
+        samples=20, baselines=("resampling", "dps"),
+    )  # fmt: skip
+    latents = torch.randn(5, 2, generator=seeded(0))
+    decoded = 1 + 3 * autoencoder.decode(latents)
+    expected = torch.distributions.Normal(decoded[:, 0, :2].flatten(1), 0.5).log_prob(torch.tensor(1.0)).sum(1)
+    torch.testing.assert_close(recipe.problem().reward(latents, torch.empty(5, 0)), expected.detach())
+    jobs.train(recipe, "posterior", tmp_path / "run", progress_bar=False)
+    shutil.rmtree(tmp_path / "prior")
+    assert np.load(tmp_path / "run" / "samples.npy").shape == (20, 1, 4, 4)
+    assert np.load(tmp_path / "run" / "baseline-dps.npy").shape[1:] == (1, 4, 4)
+    again = Sampler.load(tmp_path / "run").sample(20)
+    assert len(again.objects[0].split()) == 16
 
 
 def test_strings_of_tokens_are_written_as_text(tmp_path: Path) -> None:

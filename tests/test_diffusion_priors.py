@@ -16,7 +16,7 @@ from headwater.diffusion.denoisers import Denoiser, Network, ResidualMLP, TokenT
 from headwater.diffusion.policy import DiffusionPolicy
 from headwater.diffusion.priors import Prior, Units, load_prior, save_prior
 from headwater.diffusion.process import BrownianProcess, GaussianProcess, Process
-from headwater.diffusion.tokens import MaskedProcess, UniformProcess
+from headwater.diffusion.tokens import FREE, MaskedProcess, OneByOneProcess, UniformProcess
 
 NOTHING = torch.empty(5, 0)
 
@@ -32,7 +32,12 @@ def token_prior() -> Prior:
     return Prior(MaskedProcess(4, 3, 4), TokenTransformer(4, 3, width=16), alphabet="abc")
 
 
-PRIORS = (image_prior, lambda: image_prior("learned"), token_prior)
+def one_by_one_prior() -> Prior:
+    torch.manual_seed(0)
+    return Prior(OneByOneProcess(4, 3, given=(FREE, FREE, 2, FREE)), TokenTransformer(4, 3, width=16), alphabet="abc")
+
+
+PRIORS = (image_prior, lambda: image_prior("learned"), token_prior, one_by_one_prior)
 
 
 def inputs(prior: Prior) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,12 +63,14 @@ def test_a_posterior_says_at_first_what_the_prior_says_and_then_learns_alone(
     before = {name: weight.clone() for name, weight in prior.denoiser.state_dict().items()}
     posterior = adapter.posterior(prior, columns)
     said = prior.denoiser(state, time, y)
-    assert torch.equal(posterior(state, time, y), said)
+    at_first, channels = posterior(state, time, y), said.shape[1]
+    assert torch.equal(at_first[:, :channels], said)
+    assert not at_first[:, channels:].any()  # a Gaussian step is as wide as the prior's
     learnt = [weight for weight in posterior.parameters() if weight.requires_grad]
     optimizer = torch.optim.SGD(learnt, lr=0.1)
     for _ in range(2):  # the layers behind a silent one learn from the second step on
         optimizer.zero_grad()
-        (posterior(state, time, y) * torch.linspace(-1, 1, said.numel()).view_as(said)).sum().backward()
+        (posterior(state, time, y)[:, :channels] * torch.linspace(-1, 1, said.numel()).view_as(said)).sum().backward()
         optimizer.step()
     assert not torch.equal(posterior(state, time, y), said)
     assert all(torch.equal(weight, before[name]) for name, weight in prior.denoiser.state_dict().items())

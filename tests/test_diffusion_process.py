@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from headwater.diffusion.laws import CategoricalLaw, GaussianLaw
-from headwater.diffusion.process import BrownianProcess, GaussianProcess, Process
-from headwater.diffusion.tokens import FREE, MaskedProcess, UniformProcess
+from headwater.diffusion.process import BrownianProcess, GaussianProcess, Process, Variance
+from headwater.diffusion.tokens import FREE, MaskedProcess, OneByOneProcess, RevealingProcess, UniformProcess
 
 GAUSSIAN = {
     "linear": GaussianProcess.of((2,), 20),
@@ -90,6 +90,8 @@ def test_a_learned_variance_lies_between_small_and_large() -> None:
         fixed = GaussianProcess.of((1, 2, 2), 10, variance=name, final_noise=0.1)  # type: ignore[arg-type]
         expected = fixed.law(torch.zeros_like(state), state, number).deviation
         torch.testing.assert_close(learned, expected[:, None, None, None].expand_as(state))
+        said, whole = (process.predicted_data(each, state, number) for each in (prediction[:, :1], prediction))
+        torch.testing.assert_close(whole, said)
 
 
 def test_log_probabilities_are_sums_over_all_coordinates() -> None:
@@ -128,15 +130,17 @@ def test_wrong_settings_are_named(settings: dict[str, object], said: str) -> Non
 TOKENS: dict[str, Process] = {
     "masked": MaskedProcess(2, 3, 4),
     "masked, one given": MaskedProcess(2, 3, 4, given=(FREE, 1)),
+    "one by one": OneByOneProcess(2, 3),
+    "one by one, one given": OneByOneProcess(2, 3, given=(FREE, 1)),
     "uniform": UniformProcess(2, 3, 4),
 }
 
 
 def strings(process: Process) -> Tensor:
     """All states that a chain may be in."""
-    symbols = range(4 if isinstance(process, MaskedProcess) else 3)
+    symbols = range(4 if isinstance(process, RevealingProcess) else 3)
     rows = torch.tensor(list(itertools.product(symbols, repeat=2)))
-    if isinstance(process, MaskedProcess) and process.given:
+    if isinstance(process, RevealingProcess) and process.given:
         rows = rows[rows[:, 1] == 1]
     return rows
 
@@ -151,7 +155,7 @@ def test_laws_of_tokens_and_their_noise_sum_to_one(name: str, step: int) -> None
     prediction = torch.randn(len(states), 2, 3, generator=generator())[before]
     forward = process.law(prediction, states[before], number).log_prob(states[after]).exp()
     torch.testing.assert_close(forward.view(len(states), -1).sum(1), torch.ones(len(states)))
-    if isinstance(process, MaskedProcess) and step == 3:  # nothing is masked any more
+    if isinstance(process, RevealingProcess) and step == 3:  # nothing is masked any more
         keep = (states != process.mask).all(1)
         after_rows = torch.arange(len(states))[keep]
     else:
@@ -159,7 +163,7 @@ def test_laws_of_tokens_and_their_noise_sum_to_one(name: str, step: int) -> None
     for row in after_rows.tolist():
         log_prob = process.noise_log_prob(states, states[row].expand(len(states), -1), at(step, len(states)))
         reachable = log_prob.exp()
-        if isinstance(process, MaskedProcess):  # what is known never changes, only hides
+        if isinstance(process, RevealingProcess):  # what is known never changes, only hides
             reachable = reachable * ((states == states[row]) | (states == process.mask)).all(1)
         assert float(reachable.sum()) == pytest.approx(1, abs=1e-5)
 
@@ -180,7 +184,7 @@ def test_a_perfect_denoiser_undoes_the_noise_of_one_token(name: str) -> None:
         state = process.law(prediction, state, number).sample(generator(step + 1))
     shares = torch.bincount(state[:, 0], minlength=3) / count
     torch.testing.assert_close(shares, data, atol=0.01, rtol=0)
-    if isinstance(process, MaskedProcess) and process.given:
+    if isinstance(process, RevealingProcess) and process.given:
         assert bool((state[:, 1] == 1).all())
 
 
@@ -191,3 +195,16 @@ def test_what_is_drawn_has_the_probability_that_the_law_says() -> None:
                                atol=0.01, rtol=0)  # fmt: skip
     wide = GaussianLaw(torch.zeros(50_000, 1), torch.ones(50_000)).tempered(4.0).sample(generator())
     assert float(wide.std()) == pytest.approx(2, abs=0.03)
+
+
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_a_second_half_of_a_prediction_makes_steps_narrower(variance: Variance) -> None:
+    process = GaussianProcess.of((1, 2, 2), 5, "cosine", "data", variance, final_noise=0.1)
+    state, number = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 2, 4])
+    said = torch.zeros_like(state)
+    plain = process.law(said, state, number)
+    half = process.law(torch.cat([said, torch.full_like(said, math.log(0.5))], 1), state, number)
+    same = process.law(torch.cat([said, torch.zeros_like(said)], 1), state, number)
+    torch.testing.assert_close(half.mean, plain.mean)
+    torch.testing.assert_close(half.deviation, 0.5 * plain.deviation.view(3, 1, 1, 1).expand_as(state))
+    torch.testing.assert_close(same.log_prob(state), plain.log_prob(state))

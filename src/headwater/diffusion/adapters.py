@@ -18,11 +18,13 @@ from headwater.diffusion.denoisers import Denoiser, Network, ResidualMLP, TokenT
 from headwater.diffusion.langevin import Langevin, LogLikelihood, Place
 from headwater.diffusion.priors import Prior
 from headwater.diffusion.process import GaussianProcess
-from headwater.diffusion.tokens import MaskedProcess, UniformProcess
+from headwater.diffusion.tokens import RevealingProcess, UniformProcess
 
 Kind = Literal["copy", "lora", "correction"]
 
 _ALL = ("all",)
+_LEAST = 1e-6  # of the largest variance
+_MOST_WHITENED = 512  # columns
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Adapter:
 
     kind: Kind = "copy"
     """copy: all its weights learn. lora: low-rank adapters in it learn. correction: a network beside it learns what to
-    add."""
+    add, and in a Gaussian chain how much narrower each step is than the prior's."""
     rank: int = 8
     """Of every low-rank adapter."""
     alpha: float = 8.0
@@ -42,6 +44,9 @@ class Adapter:
     """Of the correction."""
     blocks: int = 2
     """Of the correction."""
+    octaves: int = 0
+    """Of the correction, for vectors: how many waves of each coordinate it sees, of periods 32, 16, 8 and so on, to
+    tell modes close together apart; in few dimensions."""
     langevin: bool = False
     """Let a correction scale the gradient of the log-likelihood, and add it; nothing to the other kinds."""
     gradient_at: Place = "state"
@@ -58,6 +63,8 @@ class Adapter:
         for name in ("rank", "width", "blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if self.octaves < 0:
+            raise ValueError(f"octaves = {self.octaves}: must not be negative")
         if self.gradient_at not in get_args(Place):
             raise ValueError(f"gradient_at = {self.gradient_at!r}: must be one of {', '.join(get_args(Place))}")
         for name in ("alpha", "deviation", "largest_gradient"):
@@ -74,8 +81,9 @@ class Adapter:
         """A denoiser that says what the prior's does, and learns.
 
         columns: of the condition besides those that the prior looks at, such as a measurement. log_likelihood: for the
-        Langevin parametrisation. examples: conditions `[M, C]`, by whose mean and deviation those that a correction
-        sees are standardised. Raises ValueError for what does not go together.
+        Langevin parametrisation. examples: conditions `[M, C]`, by whose mean and covariance those that a correction
+        sees are whitened: what decides between modes is often a small part of a measurement. Raises ValueError for
+        what does not go together.
         """
         if self.langevin and self.kind == "correction" and log_likelihood is None:
             raise ValueError("langevin: needs a likelihood that has a gradient")
@@ -95,11 +103,11 @@ class Adapter:
 
     def _correction(self, prior: Prior, condition: int) -> Network:
         process = prior.process
-        if isinstance(process, (MaskedProcess, UniformProcess)):
+        if isinstance(process, (RevealingProcess, UniformProcess)):
             width = -(-self.width // 4) * 4  # for its heads
             return TokenTransformer(process.length, process.vocabulary, condition, width, self.blocks)
-        learned = isinstance(process, GaussianProcess) and process.variance == "learned"
-        return ResidualMLP(process.shape, condition, self.width, self.blocks, learned)
+        narrows = isinstance(process, GaussianProcess)
+        return ResidualMLP(process.shape, condition, self.width, self.blocks, narrows, self.octaves)
 
 
 class Corrected(Denoiser):
@@ -107,8 +115,11 @@ class Corrected(Denoiser):
     which starts at zero too. The prior is kept as it is, not copied, and does not learn.
 
     condition: how many columns of it are looked at, as many as either does if not given; `examples` of them say how the
-    correction's are standardised.
+    correction's are whitened.
     """
+
+    centre: Tensor
+    whitening: Tensor
 
     def __init__(
         self,
@@ -123,28 +134,45 @@ class Corrected(Denoiser):
         self.prior = prior.requires_grad_(False)
         correction.silence()
         self.correction, self.gradient = correction, gradient
-        centre, width = torch.zeros(self.condition), torch.ones(self.condition)
+        centre, whitening = torch.zeros(self.condition), torch.ones(self.condition)
         if examples is not None:
-            centre, width = examples.mean(0), examples.std(0).clamp(min=torch.finfo(torch.float32).tiny)
+            centre, whitening = examples.mean(0), _whitening(examples)
         self.register_buffer("centre", centre)
-        self.register_buffer("width", width)
+        self.register_buffer("whitening", whitening)
 
     def forward(self, state: Tensor, time: Tensor, condition: Tensor) -> Tensor:
-        said = self.prior(state, time, condition)
-        return said + self.change(said, state, time, condition)
+        return self.after(self.prior(state, time, condition), state, time, condition)
 
-    def change(self, said: Tensor, state: Tensor, time: Tensor, condition: Tensor) -> Tensor:
-        """What is added to what the prior has said."""
-        seen = (condition[:, : self.condition] - self.centre) / self.width
+    def after(self, said: Tensor, state: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        """The prediction, when the prior has said something already."""
+        return _sum(self._change(said, state, time, condition), said)
+
+    def _change(self, said: Tensor, state: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        seen = condition[:, : self.condition] - self.centre
+        seen = seen @ self.whitening if self.whitening.ndim == 2 else seen * self.whitening
         if self.gradient is None:
             return self.correction(state, time, seen)
-        push = self.gradient.push(said, state, time, condition)
-        if self.gradient.columns:
-            seen = torch.cat([seen, push.flatten(1)], 1)
-        return self.correction(state, time, seen) + self.gradient.scaled(push, time)
+        push, features = self.gradient.push(said, state, time, condition)
+        said = self.correction(state, time, torch.cat([seen, features], 1))
+        return _sum(said, self.gradient.scaled(push, time))
 
-    centre: Tensor
-    width: Tensor
+
+def _sum(longer: Tensor, shorter: Tensor) -> Tensor:
+    """The second added to the first channels of the first: it may lack those of the variance."""
+    channels = shorter.shape[1]
+    if channels == longer.shape[1]:
+        return longer + shorter
+    return torch.cat([longer[:, :channels] + shorter, longer[:, channels:]], 1)
+
+
+def _whitening(examples: Tensor) -> Tensor:
+    """What centred rows must be multiplied by to be uncorrelated and of unit variance, `[C, C]`; directions in which
+    examples `[M, C]` hardly vary are left small. Of many columns, or few examples, each is only scaled: `[C]`."""
+    count, columns = examples.shape
+    if columns > _MOST_WHITENED or count < 2 * columns:
+        return 1 / examples.std(0).clamp(min=torch.finfo(examples.dtype).tiny)
+    variance, basis = torch.linalg.eigh(examples.double().T.cov().reshape(columns, columns))
+    return (basis / variance.clamp(min=_LEAST * float(variance.max())).sqrt()).to(examples.dtype)
 
 
 def with_adapters(denoiser: Denoiser, rank: int, alpha: float, targets: tuple[str, ...] = _ALL) -> Denoiser:

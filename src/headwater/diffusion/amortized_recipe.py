@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from headwater.diffusion.calibration import coverage
 from headwater.diffusion.likelihood_settings import Measured
+from headwater.diffusion.likelihoods import MeasurementLikelihood
 from headwater.diffusion.policy import DiffusionPolicy
 from headwater.diffusion.posterior_recipe import PosteriorRecipe
 from headwater.diffusion.simulated import FromPairs, Pairs
@@ -71,13 +72,19 @@ class AmortizedRecipe(PosteriorRecipe):
         """The likelihood of measurements that come with the conditions."""
         return self.likelihood.measured(self.forward, self.given.units)
 
+    @property
+    def measured_likelihood(self) -> MeasurementLikelihood:
+        found = super().measured_likelihood
+        assert found is not None
+        return found
+
     @cached_property
     def pairs(self) -> Pairs:
         """What is learned from: the same at every start."""
         return self._simulated(self.simulations, self.seed)
 
     def _simulated(self, count: int, seed: int) -> Pairs:
-        return Pairs.simulated(self.given, self.measured.likelihood, count, torch.Generator().manual_seed(seed))
+        return Pairs.simulated(self.given, self.measured_likelihood, count, torch.Generator().manual_seed(seed))
 
     @cached_property
     def _asked(self) -> tuple[Tensor, Tensor | None]:
@@ -96,7 +103,7 @@ class AmortizedRecipe(PosteriorRecipe):
     @cached_property
     def true_object(self) -> Tensor | None:
         made = self._asked[1]
-        return super().true_object if made is None else self.given.units.of_data(made[0])
+        return super().true_object if made is None else self.in_units(made)[0]
 
     def default_condition(self) -> Tensor:
         return self._asked[0]

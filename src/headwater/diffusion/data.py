@@ -71,7 +71,7 @@ def read_data(path: Path, tokens: bool = False, standardise: bool = False) -> Da
         raise ValueError(f"{path}: larger than {LARGEST_BYTES} bytes")
     elif path.suffix == ".txt":
         if not tokens:
-            raise ValueError(f"{path}: lines of text are tokens: chain.kind = masked")
+            raise ValueError(f"{path}: lines of text are tokens: chain.kind = one-by-one or masked")
         return _read_text(path)
     elif path.suffix == ".csv":
         values = _read_csv(path)

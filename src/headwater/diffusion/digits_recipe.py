@@ -16,6 +16,7 @@ from headwater.diffusion.posterior_recipe import PosteriorRecipe
 from headwater.diffusion.prior_recipe import ChainSettings, PriorRecipe
 from headwater.diffusion.priors import Units
 from headwater.diffusion.written import write_array
+from headwater.objectives import Objective
 from headwater.recipes.base import Recipe
 from headwater.runs import INPUTS
 from headwater.training import Training
@@ -35,6 +36,15 @@ class DigitsRecipe(PosteriorRecipe):
     """Number of the held-out image that is measured, 0 to 449."""
     operator: OperatorSettings = field(default_factory=lambda: OperatorSettings("inpaint", rows="0:4"))
     """What is measured of it: its upper half."""
+    objective: Objective = field(default_factory=lambda: Objective("vargrad", penalty="huber", delta=3.0))
+    """What to balance."""
+    training: Training = field(
+        default_factory=lambda: Training(
+            iterations=600, batch_size=48, learning_rate=2e-3, schedule="cosine", log_every=10, evaluate_every=100,
+            checkpoint_every=100,
+        )
+    )  # fmt: skip
+    """How long and how fast to learn. Draws of the prior would say nothing here, so that there is no replay of them."""
     prior_iterations: int = 3000
     """Updates that the prior is learned in."""
 

@@ -14,7 +14,7 @@ from headwater.diffusion.laws import GaussianLaw
 from headwater.diffusion.policy import STATE
 from headwater.diffusion.priors import Prior
 from headwater.diffusion.process import GaussianProcess
-from headwater.diffusion.tokens import MaskedProcess
+from headwater.diffusion.tokens import RevealingProcess
 from headwater.environments.base import Objects, identity
 from headwater.policies.base import NO_EXPLORATION, Exploration, LogProbs, Policy
 from headwater.trajectories import Trajectories
@@ -37,7 +37,7 @@ class PriorFitting(Policy):
 
     def __init__(self, prior: Prior, weighting: Weighting = "simple") -> None:
         super().__init__()
-        if not isinstance(prior.process, (GaussianProcess, MaskedProcess)):
+        if not isinstance(prior.process, (GaussianProcess, RevealingProcess)):
             raise ValueError(
                 f"a {type(prior.process).__name__} is not learned from data, only Gaussian or masked chains"
             )
@@ -83,7 +83,7 @@ class PriorFitting(Policy):
         condition = trajectories.condition[trajectories.index].to(state.device)
         prediction = self.denoiser(state, self.process.time(number), condition)
         process = self.process
-        if isinstance(process, MaskedProcess):
+        if isinstance(process, RevealingProcess):
             forward = self._of_tokens(process, prediction, data, state, number)
         else:
             assert isinstance(process, GaussianProcess)
@@ -116,7 +116,7 @@ class PriorFitting(Policy):
         return 1 - (alpha * sigma_next / (alpha_next * sigma)).square()
 
     def _of_tokens(
-        self, process: MaskedProcess, prediction: Tensor, data: Tensor, state: Tensor, number: Tensor
+        self, process: RevealingProcess, prediction: Tensor, data: Tensor, state: Tensor, number: Tensor
     ) -> Tensor:
         said = prediction.float().log_softmax(-1).gather(-1, data[..., None])[..., 0]
         hidden = torch.where(state == process.mask, said, 0.0).sum(1)

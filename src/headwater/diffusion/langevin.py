@@ -43,6 +43,9 @@ class Langevin(nn.Module):
     Raises ValueError for a process that is not Gaussian.
     """
 
+    spectrum: Tensor
+    vectors: Tensor
+
     def __init__(
         self, process: Process, log_likelihood: LogLikelihood, at: Place, deviation: float, largest: float
     ) -> None:
@@ -51,7 +54,6 @@ class Langevin(nn.Module):
             raise ValueError(f"langevin: strings of tokens or a {type(process).__name__} have no such gradient")
         self.process, self.at, self.deviation, self.largest = process, at, deviation, largest
         self.log_likelihood = log_likelihood
-        self.twice = process.variance == "learned"
         self.enter = nn.Linear(time_features(torch.zeros(1)).shape[1], _HIDDEN)
         self.last = nn.Linear(_HIDDEN, process.shape[0])
         nn.init.zeros_(self.last.weight), nn.init.zeros_(self.last.bias)
@@ -62,33 +64,34 @@ class Langevin(nn.Module):
             self.register_buffer("spectrum", spectrum, persistent=False)
             self.register_buffer("vectors", vectors, persistent=False)
 
-    spectrum: Tensor
-    vectors: Tensor
-
     @property
     def columns(self) -> int:
-        """How many numbers of the push are worth being seen by a network: all of those at the data."""
-        return math.prod(self.process.shape) if self.at == "data" else 0
+        """How many numbers `push` has for a network to see."""
+        return 2 * math.prod(self.process.shape) if self.at == "data" else 0
 
-    def push(self, said: Tensor, state: Tensor, time: Tensor, condition: Tensor) -> Tensor:
-        """`[N, *shape]`, without gradient; said: what the prior predicts."""
+    def push(self, said: Tensor, state: Tensor, time: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """The push, `[N, *shape]`, without gradient, and what of it is worth being seen by a network, `[N, columns]`.
+        said: what the prior predicts. At the data the push is in their own units."""
         if self.at == "state":
-            return self._ascent(lambda x: self._log_r(x, condition), state, self.largest)
+            push = self._ascent(lambda x: self._log_r(x, condition), state, self.largest)
+            return push, push.new_empty(len(push), 0)
         process, number = self.process, step_numbers(self.process, time)
-        data = process.predicted_data(said.chunk(2, 1)[0] if self.twice else said, state, number)
+        data = process.predicted_data(said, state, number)
         alpha, sigma = process.alpha_sigma(number)
         unknown = (self.deviation * sigma).square() / ((alpha * self.deviation).square() + sigma.square())
         if self.exact:
             slope = self._ascent(lambda x: self._marginal(x, condition, unknown), data, math.inf)
         else:
             slope = self._ascent(lambda x: self._log_r(x, condition), data, self.largest)
-        return process.prediction_of(per_chain(unknown, data) * slope, torch.zeros_like(state), number)
+        push = per_chain(unknown, data) * slope
+        return push, (torch.cat([data, push], 1).flatten(1) / self.deviation).asinh()  # linear, but for large ones
 
     def scaled(self, push: Tensor, time: Tensor) -> Tensor:
         """The push times its factor, as a part of a prediction."""
         factor = of_times(lambda features: self.last(nn.functional.silu(self.enter(features))), time)
-        pushed = factor.view(*factor.shape, *[1] * (push.ndim - 2)) * push
-        return torch.cat([pushed, torch.zeros_like(pushed)], 1) if self.twice else pushed
+        if self.at == "data":
+            push = self.process.prediction_of(push, torch.zeros_like(push), step_numbers(self.process, time))
+        return factor.view(*factor.shape, *[1] * (push.ndim - 2)) * push
 
     def _log_r(self, x: Tensor, condition: Tensor) -> Tensor:
         if isinstance(self.log_likelihood, Likelihood):

@@ -71,6 +71,41 @@ class CategoricalLaw:
         return self.log_probs.gather(-1, following[..., None])[..., 0].flatten(1).sum(1)
 
 
+@dataclass(frozen=True)
+class OneTokenLaw:
+    """One masked token becomes known, each masked position as likely; where none is masked nothing changes.
+
+    log_probs: of what each token is, normalised over the last axis, `[N, L, V]`. state: `[N, L]`. mask: the token of
+    what is not known.
+    """
+
+    log_probs: Tensor
+    state: Tensor
+    mask: int
+
+    def tempered(self, temperature: float) -> OneTokenLaw:
+        return OneTokenLaw((self.log_probs / temperature).log_softmax(-1), self.state, self.mask)
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        tokens = CategoricalLaw(self.log_probs).sample(generator)
+        order = torch.rand(self.state.shape, generator=generator, device=generator.device).to(self.state.device)
+        masked = self.state == self.mask
+        chosen = torch.where(masked, order, -1.0).argmax(1, keepdim=True)
+        return torch.where(masked, self.state.scatter(1, chosen, tokens.gather(1, chosen)), self.state)
+
+    def log_prob(self, following: Tensor) -> Tensor:
+        masked = self.state == self.mask
+        count, changed = masked.sum(1), following != self.state
+        one = (changed & masked & (following != self.mask)).sum(1) == (count > 0)
+        possible = one & (changed.sum(1) == (count > 0))
+        revealed = changed & masked & possible[:, None]
+        # an index that exists where nothing is revealed: what it finds is left out
+        token = torch.where(revealed, following, 0)
+        said = self.log_probs.gather(-1, token[..., None])[..., 0]
+        total = torch.where(revealed, said, 0.0).sum(1) - count.clamp(min=1).float().log()
+        return torch.where(possible, total, -torch.inf)
+
+
 def normal_like(state: Tensor, generator: torch.Generator) -> Tensor:
     """Standard normal numbers in the shape of `state`, from the generator's device."""
     return torch.randn(state.shape, generator=generator, device=generator.device).to(state.device)

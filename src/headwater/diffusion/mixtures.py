@@ -15,8 +15,9 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from headwater.diffusion.denoisers import Denoiser
 from headwater.diffusion.process import BrownianProcess, GaussianProcess, Process
 
 _MOST_NUMBERS = 1 << 21  # of rows times components times dimensions, held at once
@@ -32,7 +33,7 @@ class Moments(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class GaussianMixture:
-    """K Gaussians in d dimensions, all in double precision.
+    """K Gaussians in d dimensions, all in double precision, unless `to` has made it single.
 
     log_weight: `[K]`, normalised. mean: `[K, d]`. variance: above 0, `[K, d]`, or `[1, d]` where all share one, along
     the columns of the orthonormal `basis`, `[K, d, d]` or `[1, d, d]`; None for the coordinate axes. Noise of one
@@ -86,10 +87,11 @@ class GaussianMixture:
         """`[K]`, with sum 1."""
         return self.log_weight.exp()
 
-    def to(self, device: torch.device | str) -> GaussianMixture:
-        """The same mixture on another device."""
+    def to(self, where: torch.device | str | torch.dtype) -> GaussianMixture:
+        """The same mixture on another device, or in another precision: in single precision a denoiser of many
+        components is about three times as fast."""
         columns = (getattr(self, field.name) for field in fields(self))
-        return GaussianMixture(*(None if column is None else column.to(device) for column in columns))  # type: ignore[arg-type]
+        return GaussianMixture(*(None if column is None else column.to(where) for column in columns))  # type: ignore[arg-type]
 
     def noised(self, alpha: float, sigma: float) -> GaussianMixture:
         """The law of alpha x + sigma noise: of a chain's ends, with those of its last grid point."""
@@ -119,7 +121,7 @@ class GaussianMixture:
     def log_joint(self, points: Tensor, alpha: Tensor | None = None, sigma: Tensor | None = None) -> Tensor:
         """Log of weight times density of each component, at points alpha x + sigma noise: float64 `[N, K]`. alpha,
         sigma: `[N]`, 1 and 0 if not given."""
-        points, alpha, sigma = _noised(points, alpha, sigma)
+        points, alpha, sigma = self._noised(points, alpha, sigma)
         if self._shares:
             return self._shared(points, alpha, sigma)[0]
         size = self.mean.numel()
@@ -127,7 +129,7 @@ class GaussianMixture:
 
     def denoised(self, points: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """The mean of x given alpha x + sigma noise: float64 `[N, d]`. alpha, sigma: `[N]`."""
-        points, alpha, sigma = _noised(points, alpha, sigma)
+        points, alpha, sigma = self._noised(points, alpha, sigma)
         if self._shares:
             return self._shared(points, alpha, sigma)[1]
 
@@ -139,7 +141,7 @@ class GaussianMixture:
 
     def moments(self, points: Tensor, alpha: Tensor, sigma: Tensor) -> Moments:
         """Mean and variance of each coordinate of x given alpha x + sigma noise. alpha, sigma: `[N]`."""
-        points, alpha, sigma = _noised(points, alpha, sigma)
+        points, alpha, sigma = self._noised(points, alpha, sigma)
         if self._shares:
             log_joint, mean = self._shared(points, alpha, sigma)
             return Moments(mean, self._shared_variance(log_joint.softmax(1), alpha, sigma))
@@ -239,6 +241,13 @@ class GaussianMixture:
             left = _turned(left, self.basis.square().mT)
         return self.log_weight - 0.5 * squares, self.mean + shift, left
 
+    def _noised(self, points: Tensor, alpha: Tensor | None, sigma: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Points `[N, d]` and their levels of noise, `[N, 1]`, in the mixture's precision."""
+        x = points.flatten(1).to(self.mean.dtype)
+        alpha = x.new_ones(len(x)) if alpha is None else alpha.to(x)
+        sigma = x.new_zeros(len(x)) if sigma is None else sigma.to(x)
+        return x, alpha[:, None], sigma[:, None]
+
     def _fitting(self, matrix: Tensor, deviation: float) -> Tensor:
         if matrix.ndim != 2 or matrix.shape[1] != self.dimensions:
             raise ValueError(f"matrix has shape {tuple(matrix.shape)}: must have {self.dimensions} columns")
@@ -247,7 +256,7 @@ class GaussianMixture:
         return matrix.double()
 
 
-class MixtureDenoiser(nn.Module):
+class MixtureDenoiser(Denoiser):
     """The closed-form denoiser of a mixture on a process, in the process' own parametrisation.
 
     On a Brownian process its prediction is the drift (E[x | x_t] - x_t) / (1 - t) of the motion conditioned to end in
@@ -354,14 +363,6 @@ def _turned(values: Tensor, basis: Tensor) -> Tensor:
 
 def _turned_each(along: Tensor, basis: Tensor, chosen: Tensor, rows: slice) -> Tensor:
     return torch.einsum("nde,ne->nd", basis[chosen[rows]], along[rows])
-
-
-def _noised(points: Tensor, alpha: Tensor | None, sigma: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Points `[N, d]` and their levels of noise, `[N, 1]`."""
-    x = points.flatten(1).double()
-    alpha = x.new_ones(len(x)) if alpha is None else alpha.double()
-    sigma = x.new_zeros(len(x)) if sigma is None else sigma.double()
-    return x, alpha[:, None], sigma[:, None]
 
 
 def _in_parts(function: Callable[[slice], Tensor], rows: int, size: int) -> Tensor:

@@ -33,7 +33,7 @@ def samples_beside_data(samples: NDArray[np.generic], held_out: Tensor, data: Da
         heads = "".join(f"<th>{name}</th>" for name, _ in columns)
         return Section(title, f'<div class="scroll"><table><tr>{heads}</tr><tr>{cells}</tr></table></div>')
     real = data.units.of_data(held_out).numpy()
-    if len(data.shape) == 3 and data.shape[0] in (1, 3):
+    if is_image(data.shape):
         low, high = float(real.min()), float(real.max())
         figures = "".join(
             half_a_page(
@@ -60,9 +60,18 @@ def samples_beside_data(samples: NDArray[np.generic], held_out: Tensor, data: Da
     return Section(title, half_a_page(title, custom_figure(draw, title=title, size=MEDIUM), caption))
 
 
+def is_image(shape: Sequence[int]) -> bool:
+    """Whether objects of this shape can be drawn as grey or coloured pictures."""
+    return len(shape) == 3 and shape[0] in (1, 3)
+
+
 def image_grid(images: NDArray[np.generic], low: float, high: float) -> str:
-    """Images `[N, C, H, W]` with C = 1 or 3 in a square grid, black at `low` and white at `high`, as the address of a
-    PNG that holds itself."""
+    """As `png_of`, the address of a picture that holds itself."""
+    return "data:image/png;base64," + base64.b64encode(png_of(images, low, high)).decode()
+
+
+def png_of(images: NDArray[np.generic], low: float, high: float) -> bytes:
+    """Images `[N, C, H, W]` with C = 1 or 3 in a square grid, black at `low` and white at `high`, as a PNG file."""
     from PIL import Image
 
     count, channels, height, width = images.shape
@@ -78,7 +87,7 @@ def image_grid(images: NDArray[np.generic], low: float, high: float) -> str:
     grid = grid.repeat(zoom, 0).repeat(zoom, 1)
     buffer = io.BytesIO()
     Image.fromarray(grid[..., 0] if channels == 1 else grid).save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
 
 
 def half_a_page(title: str, drawn: str, caption: str = "") -> str:

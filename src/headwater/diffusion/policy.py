@@ -8,6 +8,7 @@ p, or walked back by the noising process from any object.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from headwater.diffusion.adapters import Corrected
+from headwater.diffusion.laws import Law
 from headwater.diffusion.process import Process
 from headwater.environments.base import Objects, identity
 from headwater.objectives import path_log_ratio, variance_residual
@@ -87,12 +89,10 @@ class DiffusionPolicy(Policy):
         ours, theirs = (process.start_log_prob(state) for _ in range(2))
         for step in range(process.n_steps):
             number = torch.full((count,), step, device=self.device)
-            time = process.time(number)
-            law = process.law(self.posterior(state, time, condition), state, number)
-            law = law if temperature == 1 else law.tempered(temperature)
+            law = self._law(self.posterior, state, number, condition, temperature)
             following = law.sample(generator)
             if epsilon:
-                prior_law = process.law(self.prior(state, time, condition), state, number)
+                prior_law = self._law(self.prior, state, number, condition)
                 shown = by_prior.view(-1, *[1] * (state.ndim - 1))
                 following = torch.where(shown, prior_law.sample(generator), following)
                 theirs = theirs + prior_law.log_prob(following)
@@ -122,6 +122,48 @@ class DiffusionPolicy(Policy):
             state = before
             walked.append(state)
         return self._trajectories(walked[::-1], condition.to(self.device), log_behaviour)
+
+    @torch.no_grad()
+    def back_and_forth(
+        self, current: Trajectories, back: float, exploration: Exploration, generator: torch.Generator
+    ) -> tuple[Trajectories, Trajectories, Tensor]:
+        """Keep the first steps of each chain and draw the others anew: at most a share `back` of them, at least one, by
+        the posterior at the temperature of `exploration`. With what is returned, Metropolis-Hastings keeps chains in
+        proportion to the prior's probability of the whole chain times r: the target's own, whatever the posterior.
+        """
+        count, each = len(current), self.process.n_steps
+        limit = math.ceil(back * each)
+        uniform = torch.rand(count, generator=generator, device=generator.device).to(self.device)
+        kept = each - 1 - (uniform * limit).long().clamp(max=limit - 1)  # steps after the start
+        old = current.steps[STATE].view(count, each + 1, *self.process.shape)
+        new, condition = old.clone(), current.condition.to(self.device)
+        ours, theirs = (torch.zeros(2, count, dtype=torch.float64, device=self.device) for _ in range(2))
+        behaviour = self.process.start_log_prob(old[:, 0]).double()
+        for step in range(each):
+            rows = (kept <= step).nonzero()[:, 0]
+            number = torch.full((count,), step, device=self.device)
+            before = self._law(self.posterior, old[:, step], number, condition, exploration.temperature)
+            of_old = before.log_prob(old[:, step + 1]).double()
+            behaviour = behaviour + torch.where(kept > step, of_old, 0.0)
+            if not len(rows):
+                continue
+            law = self._law(self.posterior, new[rows, step], number[rows], condition[rows], exploration.temperature)
+            new[rows, step + 1] = law.sample(generator)
+            drawn = law.log_prob(new[rows, step + 1]).double()
+            behaviour[rows] += drawn
+            for which, states, log_prob in ((0, old, of_old[rows]), (1, new, drawn)):
+                prior = self._law(self.prior, states[rows, step], number[rows], condition[rows])
+                ours[which, rows] += log_prob
+                theirs[which, rows] += prior.log_prob(states[rows, step + 1]).double()
+        gain = theirs - ours
+        candidate = self._trajectories(list(new.unbind(1)), condition, behaviour.float())
+        return current, candidate, gain[1] - gain[0]
+
+    def _law(
+        self, denoiser: nn.Module, state: Tensor, number: Tensor, condition: Tensor, temperature: float = 1.0
+    ) -> Law:
+        law = self.process.law(denoiser(state, self.process.time(number), condition), state, number)
+        return law if temperature == 1 else law.tempered(temperature)
 
     def log_probs(self, trajectories: Trajectories) -> LogProbs:
         """forward: of the posterior, backward: of the prior. The start has the same law in both."""
@@ -203,7 +245,7 @@ class DiffusionPolicy(Policy):
     def _by_posterior(self, steps: _Steps) -> Tensor:
         given = (steps.state, self.process.time(steps.number), steps.condition)
         if isinstance(self.posterior, Corrected) and self.posterior.prior is self.prior:  # it has been asked already
-            return self._log_prob(steps.said + self.posterior.change(steps.said, *given), steps)
+            return self._log_prob(self.posterior.after(steps.said, *given), steps)
         return self._log_prob(self.posterior(*given), steps)
 
     def _log_prob(self, prediction: Tensor, steps: _Steps) -> Tensor:

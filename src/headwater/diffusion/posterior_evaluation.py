@@ -5,7 +5,7 @@ say of the measurement and of the truth, and what samplers without training come
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,13 +52,15 @@ def evaluate(
     target: Likelihood,
     measured: MeasurementLikelihood | None,
     truth: Tensor | None,
+    in_units: Callable[[Tensor], Tensor],
     baselines: Sequence[str],
     calls: int,
     generator: torch.Generator,
     condition: Tensor | None = None,
 ) -> Evaluated:
-    """Of `DRAWS` draws under one condition row `[1, C]`. truth: the object itself, `[*shape]` in the units of the data.
-    calls: how often the reward was asked in training; so often, but at most `LARGEST` times, each baseline asks it.
+    """Of `DRAWS` draws under one condition row `[1, C]`. truth: the object itself, `[*shape]` in the units of the data;
+    in_units: what makes such objects of what chains end in. calls: how often the reward was asked in training; so
+    often, but at most `LARGEST` times, each baseline asks it.
     """
     row = (torch.empty(1, 0) if condition is None else condition).to(policy.device)
     drawn = _draw(policy, target, row, generator)
@@ -81,7 +83,7 @@ def evaluate(
     }
     figures |= _of_measurement(measured, row, drawn.objects, posterior)
     if truth is not None:
-        figures |= _of_truth(truth, prior.units.of_data(posterior.cpu()))
+        figures |= _of_truth(truth, in_units(posterior))
     if prior.process.start(1, torch.Generator()).is_floating_point():
         directions = random_directions(256, posterior[0].numel(), generator)
         for one in rows:

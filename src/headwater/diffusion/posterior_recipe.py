@@ -19,16 +19,18 @@ from torch import Tensor, nn
 from headwater.conditions import NoCondition
 from headwater.diffusion.adapters import Adapter
 from headwater.diffusion.baselines import require_baselines
-from headwater.diffusion.denoisers import Denoiser
+from headwater.diffusion.denoisers import Denoiser, Network
+from headwater.diffusion.latent import LatentPrior, is_latent, load_latent_prior, of_latents, save_latent_prior
 from headwater.diffusion.likelihood_settings import LikelihoodSettings, Measured
-from headwater.diffusion.likelihoods import Likelihood, require_support
+from headwater.diffusion.likelihoods import Likelihood, MeasurementLikelihood, require_support
 from headwater.diffusion.measurements import read_array, read_measurements
 from headwater.diffusion.operator_settings import OperatorSettings, operator_of
 from headwater.diffusion.operators import Operator
+from headwater.diffusion.pictures import is_image, png_of
 from headwater.diffusion.policy import DiffusionPolicy
 from headwater.diffusion.posterior_evaluation import evaluate
 from headwater.diffusion.posterior_report import Seen, findings_of, report_sections
-from headwater.diffusion.priors import SETTINGS, Prior, load_prior, save_prior
+from headwater.diffusion.priors import Prior, load_prior, save_prior
 from headwater.diffusion.process import GaussianProcess
 from headwater.diffusion.written import numbers_of, text_of, write_array
 from headwater.environments.base import Objects
@@ -37,12 +39,15 @@ from headwater.policies.base import Policy
 from headwater.recipes.base import Problem, Recipe, device_named
 from headwater.replay import ReplaySettings
 from headwater.report import Findings, Section
-from headwater.runs import INPUTS, Run, Samples
+from headwater.runs import INPUTS, Run, Samples, atomic
 from headwater.sampler import Sampler
 from headwater.training import ExplorationSettings, Sharpness, Training
 
 _TRIED = 256
 """Draws of the prior on which the likelihood is tried before there is a run."""
+
+
+_PICTURED = 64
 
 
 @dataclass(frozen=True)
@@ -83,12 +88,12 @@ class PosteriorRecipe(Recipe):
     pseudo-inverse."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
-    objective: Objective = field(default_factory=lambda: Objective("vargrad"))
+    objective: Objective = field(default_factory=lambda: Objective("tb", penalty="huber"))
     """What to balance."""
     training: Training = field(
         default_factory=lambda: Training(
-            iterations=2000, batch_size=32, replayed=96, warm_up=2000, replay_backward=True, learning_rate=1e-3,
-            clip_gradient=1.0, log_every=20, evaluate_every=500, checkpoint_every=500,
+            iterations=1000, batch_size=128, replayed=64, warm_up=2000, replay_backward=True, learning_rate=3e-3,
+            log_z_learning_rate=0.5, schedule="cosine", log_every=20, evaluate_every=200, checkpoint_every=200,
         )
     )  # fmt: skip
     """How long and how fast to learn. The replay is warmed up with draws of the prior."""
@@ -124,26 +129,42 @@ class PosteriorRecipe(Recipe):
     def prepared(self, folder: Path) -> Recipe:
         """With a copy of the prior in the run, if it is one of Headwater's."""
         kept = folder / INPUTS / "prior"
-        if self.prior == kept or not any((own / SETTINGS).is_file() for own in self._prior_folders):
+        if self.prior == kept:
             return self
-        save_prior(self.given, kept)
+        if self.latent is not None:
+            save_latent_prior(self.latent, kept)
+        elif isinstance(self.given.denoiser, Network):
+            save_prior(self.given, kept)
+        else:
+            return self
         return replace(self, prior=kept)
 
-    @property
-    def _prior_folders(self) -> tuple[Path, Path]:
+    @cached_property
+    def latent(self) -> LatentPrior | None:
+        """The prior of an autoencoder's latents, with that; None where the prior is one of objects."""
         assert self.prior is not None
-        return self.prior, self.prior / "prior"
+        return load_latent_prior(self.prior) if is_latent(self.prior) else None
 
     @cached_property
     def given(self) -> Prior:
-        """The prior."""
+        """The prior of what chains end in."""
         assert self.prior is not None
-        return load_prior(self.prior, self.prior_steps, self.prior_eta)
+        return self.latent.prior if self.latent else load_prior(self.prior, self.prior_steps, self.prior_eta)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of an object."""
+        return self.latent.shape if self.latent else self.given.process.shape
+
+    @torch.no_grad()
+    def in_units(self, ends: Tensor) -> Tensor:
+        """Objects in the units of the data, of what chains end in, `[N, *shape]`."""
+        return self.given.units.of_data((self.latent.decode(ends) if self.latent else ends).cpu())
 
     @cached_property
     def forward(self) -> Operator:
         """A(x), in the units of the data."""
-        return operator_of(self.operator, self.given.process.shape)
+        return operator_of(self.operator, self.shape)
 
     @cached_property
     def y(self) -> Tensor | None:
@@ -167,15 +188,29 @@ class PosteriorRecipe(Recipe):
 
     @cached_property
     def target(self) -> Likelihood:
-        """r, of the prior's own objects."""
-        return self.likelihood.likelihood(self.measured, self.given.units)
+        """r, of what chains end in."""
+        likelihood = self.likelihood.likelihood(self.measured, self.given.units)
+        return likelihood if self.latent is None else of_latents(likelihood, self.latent.decode, self._latent_shape)
+
+    @property
+    def _latent_shape(self) -> tuple[int, ...]:
+        return self.given.process.shape
+
+    @property
+    def measured_likelihood(self) -> MeasurementLikelihood | None:
+        """Of the measurement alone, of what chains end in."""
+        if self.measured is None or self.latent is None:
+            return None if self.measured is None else self.measured.likelihood
+        of_latent = of_latents(self.measured.likelihood, self.latent.decode, self._latent_shape)
+        assert isinstance(of_latent, MeasurementLikelihood)
+        return of_latent
 
     @cached_property
     def true_object(self) -> Tensor | None:
         """In the units of the data, `[*shape]`."""
         if self.truth is None:
             return None
-        values, shape = read_array(self.truth, self.value_range), self.given.process.shape
+        values, shape = read_array(self.truth, self.value_range), self.shape
         if values.numel() != math.prod(shape):
             raise ValueError(f"{self.truth}: has shape {tuple(values.shape)}, an object of the prior has {shape}")
         return values.reshape(shape)
@@ -192,6 +227,8 @@ class PosteriorRecipe(Recipe):
     def policy(self, posterior: Denoiser, log_z: nn.Module | None = None) -> DiffusionPolicy:
         """Of a posterior's denoiser."""
         process, prior = self.given.process, self.given.denoiser
+        if self.latent:
+            self.latent.autoencoder.to(self.on)
         policy = DiffusionPolicy(process, prior, posterior, log_z, self.training.steps_at_once, self.learned_steps)
         return policy.to(self.on)
 
@@ -228,12 +265,11 @@ class PosteriorRecipe(Recipe):
         assert isinstance(policy, DiffusionPolicy)
         calls = max((int(float(row["reward_calls"])) for row in run.metrics() if "reward_calls" in row), default=0)
         evaluated = evaluate(
-            policy, self.given, self.target, None if self.measured is None else self.measured.likelihood,
-            self.true_object, self.baselines, calls, torch.Generator().manual_seed(self.seed + 2),
-            self.default_condition(),
+            policy, self.given, self.target, self.measured_likelihood, self.true_object, self.in_units, self.baselines,
+            calls, torch.Generator().manual_seed(self.seed + 2), self.default_condition(),
         )  # fmt: skip
         for name, objects in evaluated.drawn_by.items():
-            write_array(run.folder / f"baseline-{name}.npy", self._in_units(objects))
+            write_array(run.folder / f"baseline-{name}.npy", self.in_units(objects).numpy())
         return evaluated.figures
 
     def findings(self, figures: Mapping[str, object]) -> Findings:
@@ -245,19 +281,16 @@ class PosteriorRecipe(Recipe):
     def _tokens(self) -> bool:
         return not self.given.process.start(1, torch.Generator()).is_floating_point()
 
-    def _in_units(self, objects: Tensor) -> NDArray[np.generic]:
-        return self.given.units.of_data(objects.cpu()).numpy()
-
     def text(self, objects: Objects) -> list[str]:
         assert isinstance(objects, Tensor)
-        return text_of(objects, self.given.units, self.given.alphabet)
+        return text_of(objects if self._tokens else self.in_units(objects), self.given.alphabet)
 
     def drawn(self, samples: Samples) -> NDArray[np.generic]:
         """The samples as numbers in the units of the data, `[N, *shape]`; tokens as whole numbers."""
-        return numbers_of(samples.objects, self.given.process.shape, self._tokens, self.given.alphabet)
+        return numbers_of(samples.objects, self.shape, self._tokens, self.given.alphabet)
 
     def write_samples(self, run: Run, samples: Samples) -> list[Path]:
-        """Write samples.npy; of numbers also mean.npy and deviation.npy, and of images samples.png."""
+        """Write samples.npy; of numbers also mean.npy and deviation.npy, of images samples.png and mean.png."""
         values = self.drawn(samples)
         files = [write_array(run.folder / "samples.npy", values)]
         if not self._tokens:
@@ -265,6 +298,12 @@ class PosteriorRecipe(Recipe):
                 write_array(run.folder / "mean.npy", values.mean(0)),
                 write_array(run.folder / "deviation.npy", values.std(0)),
             ]
+        if is_image(self.shape):
+            low, high = (float(value) for value in np.quantile(values.astype(np.float64), [0.001, 0.999]))
+            for name, shown in (("samples", values[:_PICTURED]), ("mean", values.mean(0, keepdims=True))):
+                files.append(run.folder / f"{name}.png")
+                with atomic(files[-1]) as partial:
+                    partial.write_bytes(png_of(shown, low, high))
         return files
 
     def sections(self, run: Run, policy: Policy) -> list[Section]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from headwater.diffusion.likelihood_settings import LikelihoodSettings
 from headwater.diffusion.operators import Mask, Operator
-from headwater.diffusion.pictures import half_a_page, image_grid
+from headwater.diffusion.pictures import half_a_page, image_grid, is_image
 from headwater.report import Card, Findings, Section, Term
 from headwater.report.figures import MEDIUM, PALETTE, SERIES, custom_figure
 from headwater.report.findings import line
@@ -175,7 +175,7 @@ def _objects(
         lines = "\n".join(escape(one) for one in text[:_SHOWN])
         return Section(title, f"<pre>{lines}</pre>")
     numbers = values.astype(np.float64)
-    if len(shape) == 3 and shape[0] in (1, 3):
+    if is_image(shape):
         return Section(
             title, f'<div class="figures">{"".join(_images(folder, evaluation, seen, truth, numbers))}</div>'
         )

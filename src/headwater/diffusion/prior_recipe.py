@@ -27,7 +27,7 @@ from headwater.diffusion.measures import random_directions, sliced_wasserstein
 from headwater.diffusion.pictures import samples_beside_data
 from headwater.diffusion.priors import FOLDER, Prior, save_prior
 from headwater.diffusion.process import GaussianProcess, Parametrisation, Process, Variance
-from headwater.diffusion.tokens import MaskedProcess
+from headwater.diffusion.tokens import MaskedProcess, OneByOneProcess, RevealingProcess
 from headwater.diffusion.written import numbers_of, text_of, write_array
 from headwater.environments.base import Objects
 from headwater.objectives import Objective
@@ -65,10 +65,11 @@ _TERMS = {
 class ChainSettings:
     """The chain from noise to data."""
 
-    kind: Literal["linear", "cosine", "exploding", "masked"] = "linear"
-    """linear, cosine: variance-preserving, by this schedule. exploding: variance-exploding. masked: of tokens."""
+    kind: Literal["linear", "cosine", "exploding", "masked", "one-by-one"] = "linear"
+    """linear, cosine: variance-preserving, by this schedule. exploding: variance-exploding. masked: of tokens, each
+    revealed in a random step. one-by-one: of tokens, one revealed in each step."""
     steps: int = 100
-    """From noise to data."""
+    """From noise to data; one-by-one has as many as there are tokens in an object."""
     parametrisation: Parametrisation | None = None
     """What the network predicts: noise, data or velocity; if not given velocity, of an exploding chain noise."""
     variance: Variance = "large"
@@ -85,10 +86,17 @@ class ChainSettings:
     def __post_init__(self) -> None:
         self.process((1,), 2)
 
+    @property
+    def is_of_tokens(self) -> bool:
+        """Whether objects are strings of tokens."""
+        return self.kind in ("masked", "one-by-one")
+
     def process(self, shape: tuple[int, ...], vocabulary: int) -> Process:
         """Over objects of `shape`. Raises ValueError naming a setting that is out of range."""
         if self.kind == "masked":
             return MaskedProcess(shape[0], vocabulary, self.steps)
+        if self.kind == "one-by-one":
+            return OneByOneProcess(shape[0], vocabulary)
         usual: Parametrisation = "noise" if self.kind == "exploding" else "velocity"
         return GaussianProcess.of(
             shape, self.steps, self.kind, self.parametrisation or usual, self.variance, self.clip, self.final_noise,
@@ -118,11 +126,12 @@ class NetworkSettings:
     def build(self, process: Process) -> Network:
         """For the states of `process`. Raises ValueError naming a setting that does not fit them."""
         kind = self.kind or _usual_network(process)
-        if (kind == "transformer") != isinstance(process, MaskedProcess):
+        if (kind == "transformer") != isinstance(process, RevealingProcess):
             raise ValueError(
-                f"network.kind = {kind!r}: a transformer is for tokens, chain.kind = masked, and only that"
+                f"network.kind = {kind!r}: a transformer is for tokens, chain.kind = masked or one-by-one, and "
+                "only that"
             )
-        if isinstance(process, MaskedProcess):
+        if isinstance(process, RevealingProcess):
             return TokenTransformer(process.length, process.vocabulary, 0, self.width or 64, self.blocks or 2)
         learned = isinstance(process, GaussianProcess) and process.variance == "learned"
         if kind == "mlp":
@@ -136,7 +145,7 @@ class NetworkSettings:
 class PriorRecipe(Recipe):
     """Learn a diffusion prior from data.
 
-    --data images.npy, points.csv, a folder of pictures, or with --chain.kind masked lines.txt. The run's folder
+    --data images.npy, points.csv, a folder of pictures, or with --chain.kind one-by-one lines.txt. The run's folder
     prior/ is the prior.
     """
 
@@ -207,7 +216,7 @@ class PriorRecipe(Recipe):
     def read(self) -> Data:
         """All data."""
         assert self.data is not None
-        data = read_data(self.data, self.chain.kind == "masked", self.standardise)
+        data = read_data(self.data, self.chain.is_of_tokens, self.standardise)
         if data.is_tokens:
             return data
         largest = float(data.objects.abs().max())
@@ -303,7 +312,8 @@ class PriorRecipe(Recipe):
 
     def text(self, objects: Objects) -> list[str]:
         assert isinstance(objects, Tensor)
-        return text_of(objects, self.read.units, self.read.alphabet)
+        own = objects if self.read.is_tokens else self.read.units.of_data(objects.cpu())
+        return text_of(own, self.read.alphabet)
 
     def drawn(self, samples: Samples) -> NDArray[np.generic]:
         """The samples as numbers in the units of the data, `[N, *shape]`; tokens as whole numbers."""
@@ -329,7 +339,7 @@ def _bound(policy: PriorFitting, objects: Tensor, generator: torch.Generator) ->
 
 
 def _usual_network(process: Process) -> str:
-    if isinstance(process, MaskedProcess):
+    if isinstance(process, RevealingProcess):
         return "transformer"
     shape = process.shape
     return "unet" if len(shape) == 3 and shape[0] * shape[1] * shape[2] > _LARGEST_FOR_MLP else "mlp"

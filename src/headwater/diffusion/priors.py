@@ -14,14 +14,16 @@ from typing import TypeVar
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from headwater.diffusion.denoisers import Denoiser, Network, ResidualMLP, TokenTransformer
 from headwater.diffusion.process import BrownianProcess, GaussianProcess, Process
-from headwater.diffusion.tokens import MaskedProcess, UniformProcess
+from headwater.diffusion.tokens import MaskedProcess, OneByOneProcess, UniformProcess
 from headwater.runs import atomic
 
 SETTINGS, WEIGHTS, FOLDER = "prior.json", "model.safetensors", "prior"
+AUTOENCODER = "autoencoder.json"
+"""In a folder with it the prior is of latents: `latent.py`."""
 _FORMAT = "headwater.prior.1"
 _LARGEST_SETTINGS = 4_000_000
 _Built = TypeVar("_Built")
@@ -30,6 +32,7 @@ _PROCESSES: dict[str, type[Process]] = {
     "gaussian": GaussianProcess,
     "brownian": BrownianProcess,
     "masked": MaskedProcess,
+    "one-by-one": OneByOneProcess,
     "uniform": UniformProcess,
 }
 
@@ -136,6 +139,8 @@ def load_prior(path: str | Path, n_steps: int = 0, eta: float = 1.0) -> Prior:
             if n_steps:
                 raise ValueError(f"n_steps = {n_steps}: the prior in {own} has its own number of steps")
             return _load_own(own)
+    if (folder / AUTOENCODER).is_file():
+        raise ValueError(f"{folder}: its prior is of latents: latent.load_latent_prior takes it")
     if (folder / "settings.toml").is_file():
         raise ValueError(f"{folder}: a run without {FOLDER}/{SETTINGS}: not of train prior, or it has not ended")
     from headwater.diffusion.diffusers_prior import load_pipeline
@@ -145,14 +150,14 @@ def load_prior(path: str | Path, n_steps: int = 0, eta: float = 1.0) -> Prior:
 
 def _load_own(folder: Path) -> Prior:
     file = folder / SETTINGS
-    content = _read_settings(file)
+    content = read_settings(file)
     if content.get("format") != _FORMAT:
         raise ValueError(f"{file}: format is {content.get('format')!r}, must be {_FORMAT!r}")
-    process = _build(file, "process", _PROCESSES, content.get("process"))
+    process = build(file, "process", _PROCESSES, content.get("process"))
     with torch.device("meta"):  # nothing is allocated for sizes that the weights do not have
-        denoiser = _build(file, "network", _networks(), content.get("network"))
-    _load_weights(denoiser, folder / WEIGHTS)
-    units = _build(file, "units", {"": Units}, {"kind": "", **_table(file, "units", content.get("units", {}))})
+        denoiser = build(file, "network", _networks(), content.get("network"))
+    load_weights(denoiser, folder / WEIGHTS)
+    units = build(file, "units", {"": Units}, {"kind": "", **_table(file, "units", content.get("units", {}))})
     alphabet = content.get("alphabet", "")
     if not isinstance(alphabet, str):
         raise ValueError(f"{file}: alphabet is {alphabet!r}, must be a string")
@@ -161,7 +166,8 @@ def _load_own(folder: Path) -> Prior:
     return prior
 
 
-def _read_settings(file: Path) -> dict[str, object]:
+def read_settings(file: Path) -> dict[str, object]:
+    """The table in a file of JSON. Raises ValueError naming it."""
     try:
         if file.stat().st_size > _LARGEST_SETTINGS:
             raise ValueError(f"larger than {_LARGEST_SETTINGS} bytes")
@@ -177,7 +183,7 @@ def _table(file: Path, name: str, value: object) -> dict[str, object]:
     return value
 
 
-def _build(file: Path, name: str, kinds: Mapping[str, type[_Built]], value: object) -> _Built:
+def build(file: Path, name: str, kinds: Mapping[str, type[_Built]], value: object) -> _Built:
     """An instance of one of `kinds` by the table `name` of the file."""
     arguments = dict(_table(file, name, value))
     kind = arguments.pop("kind", None)
@@ -190,22 +196,22 @@ def _build(file: Path, name: str, kinds: Mapping[str, type[_Built]], value: obje
         raise ValueError(f"{file}: {name}: {error}") from error
 
 
-def _load_weights(denoiser: Denoiser, file: Path) -> None:
-    """Fill a network that has no weights yet."""
+def load_weights(network: nn.Module, file: Path) -> None:
+    """Fill a network that has no weights yet. Raises ValueError naming the file, and the weight that does not fit."""
     try:
         weights = load_file(str(file))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file}: cannot be read as safetensors: {error}") from error
-    expected = {name: tuple(weight.shape) for name, weight in denoiser.state_dict().items()}
+    expected = {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
     found = {name: tuple(weight.shape) for name, weight in weights.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
-            shapes = f"has shape {found.get(name)} here and {expected.get(name)} in {SETTINGS}"
+            shapes = f"has shape {found.get(name)} here and {expected.get(name)} in its settings"
             raise ValueError(f"{file}: {name} {shapes} (None: not there)")
     for name, weight in weights.items():
         if not weight.isfinite().all():
             raise ValueError(f"{file}: {name} has a number that is not finite")
-    denoiser.load_state_dict(weights, assign=True)
+    network.load_state_dict(weights, assign=True)
 
 
 def _require_fit(file: Path, prior: Prior) -> None:

@@ -24,6 +24,9 @@ Parametrisation = Literal["noise", "data", "velocity"]
 Variance = Literal["small", "large", "learned"]
 Schedule = Literal["linear", "cosine", "exploding"]
 
+_LARGEST_SPAN = 5.0
+"""Of the logarithm of a factor on a deviation."""
+
 
 class Process(ABC):
     """A chain of `n_steps` steps over states of `shape`."""
@@ -71,6 +74,7 @@ class GaussianProcess(Process):
     alphas, sigmas: of grid points 0 to T. parametrisation: what is predicted: eps, x, or the velocity
     alpha_k eps - sigma_k x. variance: of a step: small, that of q(x_k+1 | x_k, x); large, that of the noising step; or
     learned, between both in logarithm by a second half of the prediction (Nichol & Dhariwal 2021, arXiv 2102.09672).
+    Of small and large a second half is the logarithm of a factor on the deviation: a posterior's steps are narrower.
     clip: the largest absolute value that predicted data may have, 0 for no limit. times: what the denoiser is told of
     each step, if not 1 - k / T.
 
@@ -159,20 +163,24 @@ class GaussianProcess(Process):
         return self.sigmas[0] if self.alphas[0] == 1 else math.sqrt(self.sigmas[0] ** 2 + self.alphas[0] ** 2)
 
     def law(self, prediction: Tensor, state: Tensor, number: Tensor) -> GaussianLaw:
-        span = None
-        if self.variance == "learned":
-            prediction, span = prediction.chunk(2, dim=1)
+        span = prediction[:, self.shape[0] :] if prediction.shape[1] > self.shape[0] else None
         data = self.predicted_data(prediction, state, number)
         of_data, of_state = (per_chain(self._at(name, number), state) for name in ("of_data", "of_state"))
         mean = of_data * data + of_state * state
+        if self.variance != "learned":
+            deviation = self._at(self.variance, number)
+            if span is None:
+                return GaussianLaw(mean, deviation)
+            return GaussianLaw(mean, per_chain(deviation, state) * span.clamp(-_LARGEST_SPAN, _LARGEST_SPAN).exp())
         if span is None:
-            return GaussianLaw(mean, self._at(self.variance, number))
+            raise ValueError(f"a learned variance needs {2 * self.shape[0]} channels, the prediction has half of them")
         low, high = (per_chain(self._at(name, number), state).log() for name in ("small", "large"))
         share = (span + 1) / 2
         return GaussianLaw(mean, (share * high + (1 - share) * low).exp())
 
     def predicted_data(self, prediction: Tensor, state: Tensor, number: Tensor) -> Tensor:
-        """The mean of the data, given the state: `[N, *shape]`. Of a learned variance a prediction's half is enough."""
+        """The mean of the data, given the state: `[N, *shape]`. What the prediction says of the variance is not looked
+        at."""
         prediction = prediction[:, : self.shape[0]]
         alpha, sigma = (per_chain(self._at(name, number), state) for name in ("alpha", "sigma"))
         if self.parametrisation == "noise":

@@ -1,8 +1,10 @@
-"""Simulated pairs: objects drawn from the prior, and a measurement of each, with which a sampler of all posteriors
-q(x | y) learns at once. The object is an exact draw of the posterior under its own measurement, so walked back by the
-noising process it is a chain from where the posterior is, however little of the prior is there: no seeding of a replay
-is needed. (Simulation-based inference: Cranmer et al. 2020, arXiv 1911.01429; here with a likelihood, as data for
-relative trajectory balance, which needs it no less.)
+"""Pairs of objects and measurements, from whose objects chains are walked back while a sampler learns.
+
+Simulated ones, draws of the prior with a measurement of each, teach a sampler of all posteriors q(x | y) at once: the
+object is an exact draw of the posterior under its own measurement, so walked back by the noising process it is a chain
+from where the posterior is, however little of the prior is there. (Simulation-based inference: Cranmer et al. 2020,
+arXiv 1911.01429.) Under one fixed measurement, objects that any other sampler has found do the same; they need not be
+exact draws, since trajectory balance asks the same of every chain.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ from headwater.trajectories import Trajectories
 class Pairs:
     """Conditions: M measurements, each with the object that it was made of.
 
-    objects: `[M, *shape]`. measurement: `[M, C]`, flattened. Raises ValueError where there is not one of each, or a
-    measurement is not finite.
+    objects: `[M, *shape]`. measurement: `[M, C]`, flattened; equal ones have several objects, as all do if C = 0.
+    Raises ValueError where there is not one of each, or a measurement is not finite.
     """
 
     objects: Tensor
@@ -64,13 +66,16 @@ class Pairs:
         rows = torch.randint(len(self.measurement), (-(-count // group_size),), generator=generator)
         return self.measurement[rows].repeat_interleave(group_size, 0)[:count]
 
-    def object_of(self, measurement: Tensor) -> tuple[Tensor, Tensor]:
-        """The objects of rows `[N, C]` that are among the measurements, `[K, *shape]`; and which rows these are, bool
-        `[N]`."""
+    def object_of(self, measurement: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """An object of each of the rows `[N, C]` that are among the measurements, at random where there are several,
+        `[K, *shape]`; and which rows these are, bool `[N]`."""
         wanted = _key(measurement.cpu())
-        place = torch.searchsorted(self._sorted_keys, wanted).clamp(max=len(self._order) - 1)
-        found = self._sorted_keys[place] == wanted
-        return self.objects[self._order[place[found]]].to(measurement.device), found.to(measurement.device)
+        first, end = (torch.searchsorted(self._sorted_keys, wanted, right=right) for right in (False, True))
+        found = end > first
+        uniform = torch.rand(len(wanted), generator=generator, device=generator.device, dtype=torch.float64).cpu()
+        place = first + ((end - first) * uniform).long()
+        chosen = self.objects[self._order[place[found].to(self._order.device)]]
+        return chosen.to(measurement.device), found.to(measurement.device)
 
     @cached_property
     def _order(self) -> Tensor:
@@ -82,27 +87,30 @@ class Pairs:
 
 
 class FromPairs(Explorer):
-    """Draws with the student, but for one chain under each measurement, which is walked back from its object.
+    """Draws with the student, but for a `share` of the chains under each measurement, at least one, which are walked
+    back from objects that belong to it.
 
-    Among chains of one group under the log-partition variance, those of the student are thereby held against an exact
-    draw of the posterior. Measurements that are not among the pairs are left to the student.
+    Among chains of one group under the log-partition variance, those of the student are thereby held against draws of
+    the posterior. Measurements that are not among the pairs are left to the student.
     """
 
-    def __init__(self, student: Policy, pairs: Pairs) -> None:
+    def __init__(self, student: Policy, pairs: Pairs, share: float = 0.25) -> None:
         super().__init__(student, nn.Module())
-        self.pairs = pairs
+        if not 0 <= share <= 1:
+            raise ValueError(f"share = {share}: must lie between 0 and 1")
+        self.pairs, self.share = pairs, share
 
     @staticmethod
-    def of(pairs: Pairs) -> Callable[[Policy], FromPairs]:
+    def of(pairs: Pairs, share: float = 0.25) -> Callable[[Policy], FromPairs]:
         """What a `Trainer` takes as its explorer."""
-        return lambda student: FromPairs(student, pairs)
+        return lambda student: FromPairs(student, pairs, share)
 
     @torch.no_grad()
     def sample(self, condition: Tensor, exploration: Exploration, generator: torch.Generator) -> Trajectories:
-        """The student's chains in the order of their rows, then those of objects, `[T]` in all."""
-        first = _first_of_each(condition)
-        objects, found = self.pairs.object_of(condition[first])
-        walked = first[found]
+        """The student's chains, in the order of their rows, then those that are walked back: `[T]` in all."""
+        rows = _first_share(condition, self.share)
+        objects, found = self.pairs.object_of(condition[rows], generator)
+        walked = rows[found]
         left = torch.ones(len(condition), dtype=torch.bool, device=condition.device)
         left[walked] = False
         parts = []
@@ -126,8 +134,13 @@ def _key(rows: Tensor) -> Tensor:
     return identity(rows.float().contiguous().view(torch.int32))
 
 
-def _first_of_each(rows: Tensor) -> Tensor:
-    """Where each distinct row is for the first time, in rising order."""
-    _, which = torch.unique(rows, dim=0, return_inverse=True)
-    places = torch.full((int(which.max()) + 1,), len(rows), device=rows.device)
-    return places.scatter_reduce(0, which, torch.arange(len(rows), device=rows.device), "amin").sort().values
+def _first_share(rows: Tensor, share: float) -> Tensor:
+    """Where the first rows of each distinct kind are, a share of them and at least one, in rising order."""
+    kind = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+    if rows.shape[1]:
+        kind = torch.unique(rows, dim=0, return_inverse=True)[1]
+    order, count = kind.argsort(stable=True), torch.bincount(kind)
+    before = count.cumsum(0) - count
+    rank = torch.empty_like(kind)
+    rank[order] = torch.arange(len(rows), device=rows.device) - before[kind[order]]
+    return (rank < (share * count).long().clamp(min=1)[kind]).nonzero()[:, 0]

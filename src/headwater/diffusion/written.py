@@ -9,16 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from headwater.diffusion.priors import Units
 from headwater.runs import atomic
 
 
-def text_of(objects: Tensor, units: Units, alphabet: str) -> list[str]:
-    """One line an object: its numbers in the units of the data; of tokens their characters, or their numbers where
-    there is no alphabet."""
+def text_of(objects: Tensor, alphabet: str) -> list[str]:
+    """One line an object: its numbers; of tokens their characters, or their numbers where there is no alphabet."""
     if objects.is_floating_point():
-        rows = units.of_data(objects.cpu()).flatten(1).tolist()
-        return [" ".join(f"{number:.6g}" for number in row) for row in rows]
+        return [" ".join(f"{number:.6g}" for number in row) for row in objects.flatten(1).tolist()]
     if alphabet:  # a token that is still a mask cannot be: the last step reveals all
         return ["".join(alphabet[token] for token in row) for row in objects.tolist()]
     return [" ".join(map(str, row)) for row in objects.tolist()]

@@ -139,6 +139,13 @@ class Policy(nn.Module):
         ValueError for a policy that has none."""
         raise ValueError(f"{type(self).__name__} cannot learn from given objects: it has no trajectories to them")
 
+    def back_and_forth(
+        self, current: Trajectories, back: float, exploration: Exploration, generator: torch.Generator
+    ) -> tuple[Trajectories, Trajectories, Tensor]:
+        """A step of local search, see `headwater.search.local.back_and_forth`. Raises ValueError for a policy that has
+        none."""
+        raise ValueError(f"{type(self).__name__} has no local search: set local_search.rounds = 0")
+
     def published(self) -> dict[str, Tensor]:
         """What a searcher elsewhere must have the newest of, by name: the very tensors, to copy from and into."""
         return dict(self.state_dict())

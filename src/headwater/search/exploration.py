@@ -48,12 +48,15 @@ class ExplorationSettings:
             raise ValueError(f"thompson.heads = {self.thompson.heads}: must be 0 where {other} says who draws")
 
     def explorer(self, student: Policy) -> Explorer | None:
-        """Who draws in the place of `student`; None for the student itself. Raises ValueError for a policy that is not
-        over an environment."""
-        if not (self.thompson.heads or self.teacher.share or self.local_search.rounds):
+        """Who draws in the place of `student`; None for the student itself. Raises ValueError for a policy that cannot
+        be searched in the way that is asked for."""
+        proposes = type(student).back_and_forth is not Policy.back_and_forth
+        if self.local_search.rounds and not (proposes or isinstance(student, EnvironmentPolicy)):
+            raise ValueError(f"{type(student).__name__} has no local search: local_search.rounds must be 0")
+        if not (self.thompson.heads or self.teacher.share):
             return None
         if not isinstance(student, EnvironmentPolicy):
-            raise ValueError("local search, Thompson sampling and the teacher need a policy over an environment")
+            raise ValueError("Thompson sampling and the teacher need a policy over an environment")
         if self.thompson.heads:
             return Thompson(student, self.thompson)
         return Teacher(student, self.teacher) if self.teacher.share else None

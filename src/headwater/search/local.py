@@ -20,7 +20,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from headwater.policies.base import Exploration
+from headwater.policies.base import Exploration, Policy
 from headwater.policies.environment_policy import EnvironmentPolicy
 from headwater.reward import Reward
 from headwater.trajectories import Trajectories, rows_of
@@ -53,7 +53,7 @@ class LocalSearch:
 
     def candidates(
         self,
-        policy: EnvironmentPolicy,
+        policy: Policy,
         reward: Reward,
         start: Trajectories,
         count: int,
@@ -94,7 +94,7 @@ class LocalSearch:
 
 
 def back_and_forth(
-    policy: EnvironmentPolicy,
+    policy: Policy,
     current: Trajectories,
     back: float,
     exploration: Exploration,
@@ -104,6 +104,8 @@ def back_and_forth(
     candidates, not yet scored; and float64 `[T]`, what Metropolis-Hastings adds to the difference of log-rewards: -inf
     where the way back is impossible.
     """
+    if not isinstance(policy, EnvironmentPolicy):
+        return policy.back_and_forth(current, back, exploration, generator)
     walked = policy.sample_backward(current, generator)
     choices = _choices(policy, walked)
     limit = (back * choices).ceil().long()

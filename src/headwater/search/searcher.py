@@ -124,8 +124,6 @@ class Searcher:
         self, scored: Trajectories, count: int, exploration: Exploration, generator: torch.Generator
     ) -> Drawn:
         """What local search finds around trajectories that were scored."""
-        if not isinstance(self.policy, EnvironmentPolicy):
-            raise ValueError("local search needs a policy over an environment")
 
         def reward(objects: Objects, condition: Tensor) -> Tensor:
             return self._ask(objects, condition, f"{self.origin}, local search")

@@ -47,8 +47,8 @@ beside the loop that most research code has, which keeps the graph of all T step
 and beside torchgfn's relative trajectory balance?
 
 Times are CPU seconds of one thread (torch.set_num_threads(1)), since other work ran on the machine: the load was
-{min(loads, default=0):.0f} to {max(loads, default=0):.0f} processes on {facts["cores"]} cores. Contenders take turns,
-the order reversed each time; ratios are taken turn by turn: median (lowest to highest), above 1 where ours is faster.
+{min(loads, default=0):.0f} to {max(loads, default=0):.0f} on {facts["cores"]} cores. Contenders take turns, the order
+reversed each time; ratios are taken turn by turn: median (lowest to highest), above 1 where ours is faster.
 
 `{facts["command"]}`; commit {facts["commit"]}; {facts["date"]}; {facts["cpu"]}, {facts["cores"]} cores; Python
 {facts["python"]}, torch {facts["versions"]["torch"]}."""
@@ -85,9 +85,9 @@ held at once, and computed again on the way back. (At T = 20 and a batch of 32 t
 
 What to expect: with a pass back counted as two, the loop makes four passes through a network, ours five, and limited
 six. Where the matrix products take the time, ours is therefore slower, by a factor of 0.8, and limited by 0.67; where
-the cost of T small calls takes it, ours is faster, since half of its passes are few large calls. What the additional
-pass buys: chains may come from anywhere (a replay, a walk back from data, a wider sampler, other processes), which the
-loop cannot learn from, and memory can be limited."""
+the cost of T small calls takes it, ours is faster, since half of its passes are few large calls. (The count leaves out
+what memory traffic costs.) What the additional pass buys: chains may come from anywhere (a replay, a walk back from
+data, a wider sampler, other processes), which the loop cannot learn from, and memory can be limited."""
     return "\n\n".join([text, *parts, _gradient(cases), _memory(cases)])
 
 
@@ -106,9 +106,11 @@ def _gradient(cases: Results) -> str:
 
 def _memory(cases: Results) -> str:
     rows = []
-    for key, case in cases.items():
-        if key.startswith("memory "):
-            kind, steps, batch = key.split()[1:]
+    for kind in NETWORKS:
+        for key, case in cases.items():
+            if not key.startswith(f"memory {kind} "):
+                continue
+            steps, batch = key.split()[2:]
             sizes = " | ".join(f"{case[name] / 2**20:.0f}" for name in (THROUGH_ALL, AT_ONCE, LIMITED))
             rows.append(f"| {kind} | {steps[2:]} | {batch[6:]} | {sizes} | {case[THROUGH_ALL] / case[LIMITED]:.1f} |")
     if not rows:

@@ -206,11 +206,11 @@ class DiffusionPolicy(Policy):
         states, each = trajectories.steps[STATE], self.process.n_steps + 1
         if bool((trajectories.lengths != each).any()):
             raise ValueError(f"chains must have {each} steps: only the ends of these have been remembered")
-        number = torch.arange(len(states), device=states.device) % each
-        left = (number < each - 1).nonzero()[:, 0]
+        row = torch.arange(len(states), device=states.device)
+        left = row.view(-1, each)[:, :-1].T.flatten()  # first steps first: a few at once have few different times
         condition = trajectories.condition[trajectories.index[left]]
         nothing = states.new_empty(len(left), 0)
-        return _Steps(states[left], states[left + 1], number[left], condition, nothing), left + 1
+        return _Steps(states[left], states[left + 1], left % each, condition, nothing), left + 1
 
     def _of_posterior(self, steps: _Steps) -> Tensor:
         """Log-probability of each step under the posterior; if only some are learned from, they carry all gradient."""
@@ -218,7 +218,7 @@ class DiffusionPolicy(Policy):
         if not some or not torch.is_grad_enabled():
             return self._in_chunks(self._by_posterior, steps)
         draws = torch.rand(len(steps) // each, each, generator=torch.Generator().manual_seed(self.version))
-        chosen = (draws.argsort(1).argsort(1) < some).flatten().to(steps.state.device)
+        chosen = (draws.argsort(1).argsort(1) < some).T.flatten().to(steps.state.device)
         learned, others = (which.nonzero()[:, 0] for which in (chosen, ~chosen))
         log_prob = self._in_chunks(self._by_posterior, steps.at(learned))
         log_prob = log_prob.detach() + (each / some) * (log_prob - log_prob.detach())

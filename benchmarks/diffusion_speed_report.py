@@ -117,8 +117,8 @@ def _memory(cases: Results) -> str:
         return ""
     return (
         "### Peak memory of an update\n\nMiB by which the peak of resident memory grows during a first update, in a "
-        "fresh process that has made one of two chains of two steps before. The states of the chains are a part of it, "
-        "and they alone grow with T where activations are limited.\n\n"
+        "fresh process that has made one of two chains of two steps before. With limited activations it still grows "
+        "with T, since states and a few numbers of every step are kept, but far more slowly.\n\n"
         "| | T | batch | through all steps | ours | ours, limited | through all steps over limited |\n"
         "|:--|--:|--:|--:|--:|--:|--:|\n" + "\n".join(rows)
     )

@@ -142,9 +142,9 @@ def test_a_domain_says_what_its_run_amounts_to(tmp_path: Path) -> None:
     table = html[html.index('<table class="evaluation">') :]
     rows = re.findall(r'row">(.*?)</th><td class="number">(.*?)</td><td class="meaning">(.*?)</td>', table)
     assert rows == [
+        ("Coverage of modes", "41.5", "Share of them that is drawn."),
         ("Distance", "0.0312", "In another word."),
         ("log Z, exact", "5.013", "Logarithm of the sum of all rewards, computed exactly."),
-        ("Coverage of modes", "41.5", "Share of them that is drawn."),
     ]  # pearson is a section's to show
     assert "<h3>Distance</h3>" in html  # its curve over training
     assert HOSTILE in page.text

@@ -84,6 +84,9 @@ def test_a_local_cluster_is_started_searched_with_and_left() -> None:
     def watched() -> None:
         weights[trainer.policy.version] = {k: tensor.clone() for k, tensor in trainer.policy.state_dict().items()}
         publish()
+        deadline = time.monotonic() + 120  # on a busy machine one may be there long before the other
+        while len({searcher for searcher, _ in applied}) < 2 and time.monotonic() < deadline:
+            trainer.search._listen(0.5)  # type: ignore[attr-defined]
 
     trainer.search.publish = watched  # type: ignore[method-assign]
     trainer.run(progress_bar=False)

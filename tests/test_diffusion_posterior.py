@@ -306,6 +306,7 @@ def test_one_sampler_learns_the_posteriors_of_all_measurements(prior: Path, tmp_
     assert float(str(figures["mean_effective_sample_size"])) > 0.8
     assert float(str(figures["mean_gap"])) < 0.1
     assert float(str(figures["coverage_largest"])) < 2 * float(str(figures["coverage_largest_expected"]))
+    assert "Residuals over noise" in (tmp_path / "run" / "report.html").read_text()  # of the simulated measurement
     assert "coverage_of_90" in figures  # of the simulated object that the samples are asked about
     sampler = Sampler.load(tmp_path / "run")
     for seen in (-0.3, 0.4):

@@ -20,7 +20,6 @@ from headwater.evaluation import ExactDistribution
 from headwater.policies import NO_EXPLORATION, EnvironmentPolicy, Exploration
 from headwater.reward import Reward
 from headwater.search import InlineSearch, LocalSearch, Searcher
-from headwater.search.local import back_and_forth
 from headwater.trajectories import Trajectories, rows_of
 from helpers import random_policy, same, seeded
 
@@ -65,7 +64,7 @@ def test_a_candidate_keeps_the_first_steps_of_a_path_to_the_old_object_and_is_a_
 ) -> None:
     policy = random_policy(environment)
     current = drawn_from(policy, 200)
-    walked, candidate, _ = back_and_forth(policy, current, 0.5, EXPLORING, seeded(2))
+    walked, candidate, _ = policy.back_and_forth(current, 0.5, EXPLORING, seeded(2))
     candidate.validate()
     assert torch.equal(walked.identity, current.identity)
     states, actions = candidate.steps["state"], candidate.steps["action"]
@@ -85,9 +84,9 @@ def test_a_candidate_keeps_the_first_steps_of_a_path_to_the_old_object_and_is_a_
 def test_native_and_tensor_walks_propose_the_same(environment: Environment) -> None:
     policy = random_policy(environment)
     current = drawn_from(policy, 200)
-    _, native, ratio = back_and_forth(policy, current, 0.7, EXPLORING, seeded(3))
+    _, native, ratio = policy.back_and_forth(current, 0.7, EXPLORING, seeded(3))
     with in_tensors(environment):
-        _, tensor, ratio_of_tensor = back_and_forth(policy, current, 0.7, EXPLORING, seeded(3))
+        _, tensor, ratio_of_tensor = policy.back_and_forth(current, 0.7, EXPLORING, seeded(3))
     assert same(native, tensor)
     torch.testing.assert_close(ratio, ratio_of_tensor)
 
@@ -110,7 +109,7 @@ def test_walks_from_given_states_are_the_same_native_and_in_tensors(environment:
 
 def test_log_behaviour_of_a_candidate_is_that_of_the_exploring_forward_policy() -> None:
     policy = random_policy(Hypergrid(2, 4))
-    _, candidate, _ = back_and_forth(policy, drawn_from(policy, 100), 0.5, EXPLORING, seeded(6))
+    _, candidate, _ = policy.back_and_forth(drawn_from(policy, 100), 0.5, EXPLORING, seeded(6))
     states, actions = candidate.steps["state"], candidate.steps["action"]
     mask = policy.environment.forward_mask(states)
     logits = policy.action_log_probs(states, torch.empty(1, 0)).detach().double()
@@ -125,7 +124,7 @@ def after_rounds(policy: EnvironmentPolicy, start: Tensor, rounds: int, explorat
     current = policy.sample_to(start, torch.empty(len(start), 0), generator)
     current = current.with_log_reward(uneven_reward(policy.objects(current), current.condition))
     for _ in range(rounds):
-        walked, candidate, log_ratio = back_and_forth(policy, current, search.back, exploration, generator)
+        walked, candidate, log_ratio = policy.back_and_forth(current, search.back, exploration, generator)
         candidate = candidate.with_log_reward(uneven_reward(policy.objects(candidate), candidate.condition))
         current = search.moved(walked, candidate, log_ratio, generator)
     return policy.final_states(current)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import ClassVar
 
 import torch
@@ -84,7 +84,7 @@ class AmortizedRecipe(PosteriorRecipe):
         return self._simulated(self.simulations, self.seed)
 
     def _simulated(self, count: int, seed: int) -> Pairs:
-        return Pairs.simulated(self.given, self.measured_likelihood, count, torch.Generator().manual_seed(seed))
+        return _simulated(self, count, seed)
 
     @cached_property
     def _asked(self) -> tuple[Tensor, Tensor | None]:
@@ -139,3 +139,10 @@ class AmortizedRecipe(PosteriorRecipe):
             "mean_gap": float((estimate - weight.mean(1)).mean()),
             "mean_effective_sample_size": float((1 / weight.softmax(1).square().sum(1) / (_EACH + 1)).mean()),
         }
+
+
+@lru_cache(maxsize=8)
+def _simulated(recipe: AmortizedRecipe, count: int, seed: int) -> Pairs:
+    """Kept for recipes of the same settings: a run is loaded anew to be sampled, evaluated and reported."""
+    generator = torch.Generator().manual_seed(seed)
+    return Pairs.simulated(recipe.given, recipe.measured_likelihood, count, generator)

@@ -19,6 +19,7 @@ from headwater.diffusion.measures import random_directions, sliced_wasserstein
 from headwater.diffusion.policy import DiffusionPolicy
 from headwater.diffusion.priors import Prior
 from headwater.evaluation import log_ratios
+from headwater.report.numbers import as_float
 
 DRAWS = 2000
 _AT_ONCE = 500
@@ -95,11 +96,9 @@ def evaluate(
     resampled = next((one for one in rows if one["name"] == "resampling" and "problem" not in one), None)
     if resampled is not None:
         enough = min(found.effective_sample_size, DRAWS / 2)
-        shape = float(str(resampled["pareto_k"]))
+        shape = as_float(resampled["pareto_k"])
         figures |= {f"resampling_{name}": resampled[name] for name in ("reward_calls", "log_z", "effective_draws")}
-        figures["resampling_is_enough"] = (
-            float(str(resampled["effective_draws"])) >= enough and not shape > _TRUSTED_TAIL
-        )
+        figures["resampling_is_enough"] = as_float(resampled["effective_draws"]) >= enough and not shape > _TRUSTED_TAIL
     figures["baselines"] = rows
     return Evaluated(figures, {name: objects[:_KEPT] for name, objects in drawn_by.items()})
 

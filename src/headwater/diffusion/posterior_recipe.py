@@ -45,9 +45,8 @@ from headwater.training import ExplorationSettings, Sharpness, Training
 
 _TRIED = 256
 """Draws of the prior on which the likelihood is tried before there is a run."""
-
-
 _PICTURED = 64
+"""Samples in samples.png."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,11 @@ class PosteriorRecipe(Recipe):
     def latent(self) -> LatentPrior | None:
         """The prior of an autoencoder's latents, with that; None where the prior is one of objects."""
         assert self.prior is not None
-        return load_latent_prior(self.prior) if is_latent(self.prior) else None
+        if not is_latent(self.prior):
+            return None
+        latent = load_latent_prior(self.prior)
+        latent.autoencoder.to(self.on)
+        return latent
 
     @cached_property
     def given(self) -> Prior:
@@ -159,7 +162,7 @@ class PosteriorRecipe(Recipe):
     @torch.no_grad()
     def in_units(self, ends: Tensor) -> Tensor:
         """Objects in the units of the data, of what chains end in, `[N, *shape]`."""
-        return self.given.units.of_data((self.latent.decode(ends) if self.latent else ends).cpu())
+        return self.given.units.of_data((self.latent.decode(ends.to(self.on)) if self.latent else ends).cpu())
 
     @cached_property
     def forward(self) -> Operator:
@@ -190,18 +193,16 @@ class PosteriorRecipe(Recipe):
     def target(self) -> Likelihood:
         """r, of what chains end in."""
         likelihood = self.likelihood.likelihood(self.measured, self.given.units)
-        return likelihood if self.latent is None else of_latents(likelihood, self.latent.decode, self._latent_shape)
-
-    @property
-    def _latent_shape(self) -> tuple[int, ...]:
-        return self.given.process.shape
+        return (
+            likelihood if self.latent is None else of_latents(likelihood, self.latent.decode, self.given.process.shape)
+        )
 
     @property
     def measured_likelihood(self) -> MeasurementLikelihood | None:
         """Of the measurement alone, of what chains end in."""
         if self.measured is None or self.latent is None:
             return None if self.measured is None else self.measured.likelihood
-        of_latent = of_latents(self.measured.likelihood, self.latent.decode, self._latent_shape)
+        of_latent = of_latents(self.measured.likelihood, self.latent.decode, self.given.process.shape)
         assert isinstance(of_latent, MeasurementLikelihood)
         return of_latent
 
@@ -227,8 +228,6 @@ class PosteriorRecipe(Recipe):
     def policy(self, posterior: Denoiser, log_z: nn.Module | None = None) -> DiffusionPolicy:
         """Of a posterior's denoiser."""
         process, prior = self.given.process, self.given.denoiser
-        if self.latent:
-            self.latent.autoencoder.to(self.on)
         policy = DiffusionPolicy(process, prior, posterior, log_z, self.training.steps_at_once, self.learned_steps)
         return policy.to(self.on)
 
@@ -244,7 +243,7 @@ class PosteriorRecipe(Recipe):
             return False
         condition = torch.empty(1, 0) if examples is None else examples[:1]
         try:
-            self.target.gradient(torch.zeros(1, *self.given.process.shape), condition)
+            self.target.gradient(torch.zeros(1, *self.given.process.shape, device=self.on), condition.to(self.on))
         except TypeError:
             return False
         return True
@@ -310,7 +309,8 @@ class PosteriorRecipe(Recipe):
         samples = run.samples()
         if samples is None:
             return []
-        seen = None if self.y is None else Seen(self.forward, self.y, self.likelihood)
+        y = self.shown_measurement
+        seen = None if y is None else Seen(self.forward, y, self.likelihood)
         return report_sections(
             run.folder, run.evaluation(), seen, self.true_object, self.drawn(samples), samples.objects
         )

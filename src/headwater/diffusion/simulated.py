@@ -49,12 +49,13 @@ class Pairs:
         prior: Prior, likelihood: MeasurementLikelihood, count: int, generator: torch.Generator, batch_size: int = 1000
     ) -> Pairs:
         """`count` draws of the prior's chain, which takes no condition, and a measurement of each."""
+        device = next(prior.denoiser.parameters(), torch.empty(0)).device
         objects, measured = [], []
         for first in range(0, count, batch_size):
-            nothing = torch.empty(min(batch_size, count - first), 0)
+            nothing = torch.empty(min(batch_size, count - first), 0, device=device)
             objects.append(prior_draws(prior.process, prior.denoiser, nothing, generator))
             measured.append(likelihood.draw(objects[-1], generator).flatten(1))
-        return Pairs(torch.cat(objects), torch.cat(measured))
+        return Pairs(torch.cat(objects).cpu(), torch.cat(measured).cpu())
 
     @property
     def size(self) -> int:

@@ -117,6 +117,10 @@ class LanguageRecipe(Recipe):
             raise ValueError(f"objective.name = {self.objective.name!r}: over tokens, one of {', '.join(_OBJECTIVES)}")
         if self.keep_objects:
             raise ValueError("keep_objects: completions are scored by prompt, and are not kept")
+        if self.training.warm_up:
+            raise ValueError(
+                "training.warm_up: a language model starts from its reference; there is nothing to warm up"
+            )
         if self.exploration.epsilon:
             raise ValueError("exploration.epsilon: a language model explores by temperature, not by uniform tokens")
         training, replay = self.training, self.replay

@@ -142,9 +142,18 @@ class Policy(nn.Module):
     def back_and_forth(
         self, current: Trajectories, back: float, exploration: Exploration, generator: torch.Generator
     ) -> tuple[Trajectories, Trajectories, Tensor]:
-        """A step of local search, see `headwater.search.local.back_and_forth`. Raises ValueError for a policy that has
-        none."""
-        raise ValueError(f"{type(self).__name__} has no local search: set local_search.rounds = 0")
+        """One proposal of local search from each trajectory: at most a share `back` of its last steps is taken back, at
+        least one, and drawn anew as `exploration` says.
+
+        Returns the trajectories as they were, or other paths to the same objects with their rewards; the candidates,
+        not yet scored; and float64 `[T]`, what Metropolis-Hastings adds to the difference of log-rewards: -inf where
+        the way back is impossible. Raises TypeError for a policy without local search."""
+        raise TypeError(f"{type(self).__name__} has no local search")
+
+    @property
+    def searches_locally(self) -> bool:
+        """Whether `back_and_forth` is there to be used."""
+        return type(self).back_and_forth is not Policy.back_and_forth
 
     def published(self) -> dict[str, Tensor]:
         """What a searcher elsewhere must have the newest of, by name: the very tensors, to copy from and into."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -19,7 +19,7 @@ from headwater.policies.native_log_probs import MOST_ACTIONS, NEVER, step_log_pr
 from headwater.policies.native_network import NativeNetwork, fingerprint, native_network
 from headwater.policies.networks import Network
 from headwater.policies.rollout import Walk, explored, walk_backward, walk_forward
-from headwater.trajectories import Trajectories
+from headwater.trajectories import Trajectories, rows_of
 
 Backward = Literal["uniform", "learned", "maximum-entropy", "tlm"]
 
@@ -178,6 +178,35 @@ class EnvironmentPolicy(StatePolicy):
             probability = explored(forward_logits, self.environment.forward_mask(states), exploration)
             taken = probability.gather(1, actions[:, None])[:, 0].log()
             return taken, self._log_backward(trajectories, backward_logits)
+
+    def back_and_forth(
+        self, current: Trajectories, back: float, exploration: Exploration, generator: torch.Generator
+    ) -> tuple[Trajectories, Trajectories, Tensor]:
+        """As every policy's, along paths drawn anew to the objects of `current`."""
+        walked = self.sample_backward(current, generator)
+        choices = self._choices(walked)
+        limit = (back * choices).ceil().long()
+        uniform = torch.rand(len(walked), generator=generator, device=generator.device).to(walked.device)
+        kept = choices - 1 - (uniform * limit).long().clamp(max=limit - 1)
+        middle = walked.steps["state"][walked.starts + kept]
+        candidate = _joined(walked, kept, self.sample_from(middle, walked.condition, exploration, generator))
+
+        both = Trajectories.concatenate([walked, candidate])
+        forward, backward = self.explored_log_probs(both, exploration)
+        place = torch.arange(both.n_steps, device=both.device) - both.starts[both.index]
+        is_after = place >= kept.repeat(2)[both.index]
+        old, new = both.sum(torch.where(is_after, backward - forward, 0.0).double()).view(2, -1)
+        choices_back = self._choices(candidate)
+        limit_back = (back * choices_back).ceil()
+        log_ratio = new - old + (limit / limit_back).double().log()
+        log_ratio = log_ratio.masked_fill(choices_back - kept > limit_back, -torch.inf)
+        return walked, replace(candidate, log_behaviour=both.sum(forward)[len(walked) :]), log_ratio
+
+    def _choices(self, batch: Trajectories) -> Tensor:
+        """`[T]` int64, the steps of each trajectory without an exit that was the only action: to take that alone back
+        would propose the same object again."""
+        is_forced = self.environment.forward_mask(self.final_states(batch)).sum(1) == 1
+        return (batch.lengths - is_forced.long()).clamp(min=1)
 
     def hidden(self, trajectories: Trajectories, head: Linear | None = None) -> Tensor:
         """What the torso makes of the state that each step leaves: `[S, network width]`, or `head` of it."""
@@ -345,3 +374,12 @@ class RelativePolicy(Policy):
 
 def _small_network(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, outputs))
+
+
+def _joined(walked: Trajectories, kept: Tensor, rest: Trajectories) -> Trajectories:
+    """The first `kept` steps of each trajectory of `walked`, then those of `rest`."""
+    first = rows_of(walked.starts, kept)
+    owner = torch.repeat_interleave(kept, output_size=len(first))
+    order = torch.cat([owner, rest.index]).argsort(stable=True)
+    steps = {name: torch.cat([walked.steps[name][first], rest.steps[name]])[order] for name in rest.steps}
+    return replace(rest, steps=steps, lengths=kept + rest.lengths)

@@ -50,8 +50,7 @@ class ExplorationSettings:
     def explorer(self, student: Policy) -> Explorer | None:
         """Who draws in the place of `student`; None for the student itself. Raises ValueError for a policy that cannot
         be searched in the way that is asked for."""
-        proposes = type(student).back_and_forth is not Policy.back_and_forth
-        if self.local_search.rounds and not (proposes or isinstance(student, EnvironmentPolicy)):
+        if self.local_search.rounds and not student.searches_locally:
             raise ValueError(f"{type(student).__name__} has no local search: local_search.rounds must be 0")
         if not (self.thompson.heads or self.teacher.share):
             return None

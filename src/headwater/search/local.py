@@ -14,16 +14,15 @@ lengths.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from headwater.policies.base import Exploration, Policy
-from headwater.policies.environment_policy import EnvironmentPolicy
 from headwater.reward import Reward
-from headwater.trajectories import Trajectories, rows_of
+from headwater.trajectories import Trajectories
 
 Accept = Literal["metropolis-hastings", "greedy"]
 
@@ -70,7 +69,7 @@ class LocalSearch:
             current = current.select(torch.arange(min(len(current), count), device=current.device))
             if found and not len(current):
                 break
-            current, candidate, log_ratio = back_and_forth(policy, current, self.back, exploration, generator)
+            current, candidate, log_ratio = policy.back_and_forth(current, self.back, exploration, generator)
             candidate = candidate.with_log_reward(reward(policy.objects(candidate), candidate.condition))
             found.append(candidate)
             count -= len(candidate)
@@ -81,7 +80,7 @@ class LocalSearch:
         self, current: Trajectories, candidate: Trajectories, log_ratio: Tensor, generator: torch.Generator
     ) -> Trajectories:
         """Where the chains at `current` (`[T]`, scored) go on from when `candidate` is proposed, `log_ratio` as
-        `back_and_forth` gives it.
+        `Policy.back_and_forth` gives it.
         """
         gain = (candidate.log_reward - current.log_reward).double()  # NaN, of a reward that failed, is never accepted
         if self.accept == "greedy":
@@ -91,53 +90,3 @@ class LocalSearch:
             accepted = uniform.log() < gain + log_ratio
         here = torch.arange(len(current), device=current.device)
         return Trajectories.concatenate([current, candidate]).select(torch.where(accepted, here + len(current), here))
-
-
-def back_and_forth(
-    policy: Policy,
-    current: Trajectories,
-    back: float,
-    exploration: Exploration,
-    generator: torch.Generator,
-) -> tuple[Trajectories, Trajectories, Tensor]:
-    """One proposal from each trajectory's object: the same objects along paths drawn anew, with their rewards; the
-    candidates, not yet scored; and float64 `[T]`, what Metropolis-Hastings adds to the difference of log-rewards: -inf
-    where the way back is impossible.
-    """
-    if not isinstance(policy, EnvironmentPolicy):
-        return policy.back_and_forth(current, back, exploration, generator)
-    walked = policy.sample_backward(current, generator)
-    choices = _choices(policy, walked)
-    limit = (back * choices).ceil().long()
-    uniform = torch.rand(len(walked), generator=generator, device=generator.device).to(walked.device)
-    kept = choices - 1 - (uniform * limit).long().clamp(max=limit - 1)
-    middle = walked.steps["state"][walked.starts + kept]
-    rest = policy.sample_from(middle, walked.condition, exploration, generator)
-    candidate = _joined(walked, kept, rest)
-
-    both = Trajectories.concatenate([walked, candidate])
-    forward, backward = policy.explored_log_probs(both, exploration)
-    is_after = torch.arange(both.n_steps, device=both.device) - both.starts[both.index] >= kept.repeat(2)[both.index]
-    old, new = both.sum(torch.where(is_after, backward - forward, 0.0).double()).view(2, -1)
-    choices_back = _choices(policy, candidate)
-    limit_back = (back * choices_back).ceil()
-    log_ratio = new - old + (limit / limit_back).double().log()
-    log_ratio = log_ratio.masked_fill(choices_back - kept > limit_back, -torch.inf)
-    return walked, replace(candidate, log_behaviour=both.sum(forward)[len(walked) :]), log_ratio
-
-
-def _choices(policy: EnvironmentPolicy, batch: Trajectories) -> Tensor:
-    """`[T]` int64, the steps of each trajectory without an exit that was the only action: to take that alone back would
-    propose the same object again.
-    """
-    is_forced = policy.environment.forward_mask(policy.final_states(batch)).sum(1) == 1
-    return (batch.lengths - is_forced.long()).clamp(min=1)
-
-
-def _joined(walked: Trajectories, kept: Tensor, rest: Trajectories) -> Trajectories:
-    """The first `kept` steps of each trajectory of `walked`, then those of `rest`."""
-    first = rows_of(walked.starts, kept)
-    owner = torch.repeat_interleave(kept, output_size=len(first))
-    order = torch.cat([owner, rest.index]).argsort(stable=True)
-    steps = {name: torch.cat([walked.steps[name][first], rest.steps[name]])[order] for name in rest.steps}
-    return replace(rest, steps=steps, lengths=kept + rest.lengths)
